@@ -5,12 +5,14 @@ Legend: T tokens, I in_features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Statistic = Literal["input_sq_norm", "input_gram"]
 
 # Columns per block of the Gram matrix. Only blocks on and above the diagonal are multiplied, the rest is mirrored: at
@@ -33,6 +35,18 @@ class InputStats:
     n_tokens: int
     input_sq_norm: Tensor | None = None
     input_gram: Tensor | None = None
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make()` computes from these statistics, computed once: q, k and v share one factorisation.
+
+        Args:
+            key: names the computation and its settings.
+            make: the computation.
+        """
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     def squared_norms(self) -> Tensor:
         """`input_sq_norm`, fp64 (in,); from the Gram matrix's diagonal where only that was collected.

@@ -1,0 +1,51 @@
+"""What a model family's table says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts held as 3-D parameters, one matrix per expert.
+
+    Attributes:
+        module: path of the experts module inside the decoder layer.
+        shared_inputs: parameters of that module in order of execution; each reads its own input.
+        transposed: a matrix is stored (in, out).
+    """
+
+    module: str
+    shared_inputs: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model family keeps its decoder layers and their linears.
+
+    Attributes:
+        model_types: `config.model_type` values that it covers.
+        layers: path of the decoder layer list inside the `...ForCausalLM` module.
+        shared_inputs: roles that are fed by one tensor stand together; the tuples stand in order of execution. A role that
+            a layer does not have (a dense layer among expert layers) is passed over.
+        transposed: linears are stored (in, out), as GPT-2's Conv1D.
+        experts: 3-D experts, where the family has them.
+        dense: roles that are never pruned -> the reason that reports show.
+    """
+
+    model_types: tuple[str, ...]
+    layers: str
+    shared_inputs: tuple[tuple[str, ...], ...]
+    transposed: bool = False
+    experts: Experts | None = None
+    dense: Mapping[str, str] = field(default_factory=dict)
+
+
+ROUTER = "router: decides which expert sees a token; tiny, and N:M would change the routing"
+QKV_O = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+)
+GATED_MLP = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))

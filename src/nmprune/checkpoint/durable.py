@@ -1,0 +1,74 @@
+"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from nmprune.errors import InputError
+
+_USER_CAN_FIX = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EEXIST: "a part of the path is a file",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EFBIG: "the file system does not hold files of this size",
+}
+
+
+@contextmanager
+def writing(place: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn what the disk refuses inside the block into an InputError that says how many bytes `place` needs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _USER_CAN_FIX:
+            raise
+        raise InputError(
+            f"{place}: cannot be written: {_USER_CAN_FIX[error.errno]}. It needs {needed_bytes:,} bytes; nothing was "
+            "kept. Choose another place, or make room and run it again."
+        ) from error
+
+
+def flush_file(stream: BinaryIO) -> None:
+    """Wait until an open file's bytes are on the disk, and let go of the cached copy: a read then asks the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until names created or renamed in `folder` are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the name `path` when the block ends well, and leaves `path` as it was when it does not."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            yield stream
+            flush_file(stream)
+        partial.replace(path)
+        flush_folder(path.parent)
+    except BaseException:
+        # what went wrong before stays the error, also where the partial file cannot be removed
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,127 @@
+"""GGUF input: dequantised once and whole into an ordinary HF folder in a cache, which is then read like any other."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from nmprune.errors import InputError
+
+_MAGIC = b"GGUF"
+
+
+def cache_folder() -> Path:
+    """Where dequantised models are kept: `$NMPRUNE_CACHE/gguf`, else `~/.cache/nmprune/gguf`."""
+    root = os.environ.get("NMPRUNE_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "nmprune") / "gguf"
+
+
+def dequantise_gguf(file: Path, cache: Path | None = None) -> Path:
+    """The GGUF model as an HF folder of fp32 safetensors, made by transformers at the first call and reused afterwards.
+
+    It is dequantised once and whole, not streamed: the first call needs memory for all weights in fp32 (4 bytes each)
+    and as much disk. The folder is named after the file and its sha256, so a changed file is a new model; it appears by
+    one rename, so a killed conversion leaves nothing that looks finished.
+
+    Args:
+        file: a .gguf file.
+        cache: the folder that holds the dequantised models; None for `cache_folder()`.
+
+    Raises:
+        InputError: the file is absent, no GGUF, truncated, of an architecture that transformers cannot read, or the
+            cache cannot be written.
+    """
+    _check_readable(file)
+    with file.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    home = cache_folder() if cache is None else cache
+    folder = home / f"{file.stem}-{sha256[:12]}"
+    if folder.is_dir():
+        return folder
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=home))
+    except OSError as error:
+        raise _cannot_write(home, error) from error
+    try:
+        _convert(file, temporary)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except OSError as error:
+        # Another process may have finished the same file in the meantime; its folder is as good as ours.
+        if not (error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir()):
+            raise _cannot_write(home, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _cannot_write(home: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{home}: the dequantised GGUF model cannot be kept here ({error.strerror or error}). "
+        "Free some space, or set NMPRUNE_CACHE to a folder with room for all weights in fp32."
+    )
+
+
+def _check_readable(file: Path) -> None:
+    """Raise InputError unless the file is a whole GGUF: all tensors lie inside it."""
+    from gguf import GGUFReader
+
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(4)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}). Give the path of a .gguf file.") from error
+    if magic != _MAGIC:
+        raise InputError(
+            f"{file}: not a GGUF file: it starts with {magic!r}, expected {_MAGIC!r}. "
+            "Download it again, or give an HF folder."
+        )
+    try:
+        GGUFReader(file)
+    except Exception as error:  # the reader raises whatever numpy raises when an offset points past the end
+        raise InputError(
+            f"{file}: the GGUF file is truncated or damaged ({type(error).__name__}: {error}). "
+            f"It has {file.stat().st_size:,} bytes; compare with the source and download it again."
+        ) from error
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Dequantise `file` into `folder`."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    GgufConfig = getattr(transformers, "GgufConfig", None)
+    # Newer transformers leave the weights packed, and fetch a kernel for them, unless told not to.
+    quantisation = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig else {}
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        # the small parts first: most files that transformers cannot read fail here, within seconds
+        AutoConfig.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            **source, **quantisation, dtype=torch.float32, device_map="cpu", output_loading_info=True
+        )
+    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+        raise InputError(
+            f"{file}: transformers cannot read this GGUF model ({type(error).__name__}: {error}). "
+            "Give the original HF folder or hub id instead."
+        ) from error
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise InputError(
+            f"{file}: {len(missing)} weights of the model are not in the GGUF file, among them {missing[0]}. "
+            "Give the original HF folder or hub id instead."
+        )
+    # The model remembers where it came from and would refuse to be saved; what is saved here is plain fp32.
+    model.hf_quantizer = None
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    model.config = type(model.config).from_dict(settings | {"dtype": "float32"})
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from nmprune.errors import InputError, near_matches
+from nmprune.methods.alps import Alps
 from nmprune.methods.base import PerLinear, Pruned
+from nmprune.methods.descent import Descent
 from nmprune.methods.magnitude import Magnitude
+from nmprune.methods.ria import Ria
 from nmprune.methods.sparsegpt import SparseGPT
 from nmprune.methods.wanda import Wanda
 
-METHODS: dict[str, type[PerLinear]] = {method.name: method for method in (Magnitude, Wanda, SparseGPT)}
+METHODS: dict[str, type[PerLinear]] = {
+    method.name: method for method in (Magnitude, Wanda, Ria, Descent, SparseGPT, Alps)
+}
 
 
 def find(name: str) -> type[PerLinear]:

@@ -14,7 +14,7 @@ def test_find_and_create():
 
 
 def test_unknown_names_list_near_matches():
-    with pytest.raises(InputError, match=r"no method 'wnada'\. Did you mean 'wanda'\? Known: magnitude"):
+    with pytest.raises(InputError, match=r"no method 'wnada'\. Did you mean 'wanda'\? Known: .*magnitude"):
         methods.find("wnada")
     with pytest.raises(InputError, match=r"sparsegpt has no hyper-parameter 'dampning'\. Did you mean 'damping'"):
         methods.create("sparsegpt", {"dampning": 1})

@@ -37,13 +37,14 @@ def dequantise_gguf(file: Path, cache: Path | None = None) -> Path:
         InputError: the file is absent, no GGUF, truncated, of an architecture that transformers cannot read, or the
             cache cannot be written.
     """
-    _check_readable(file)
+    _check_magic(file)
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     home = cache_folder() if cache is None else cache
     folder = home / f"{file.stem}-{sha256[:12]}"
     if folder.is_dir():
         return folder
+    _check_whole(file)
     try:
         home.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=home))
@@ -69,10 +70,8 @@ def _cannot_write(home: Path, error: OSError) -> InputError:
     )
 
 
-def _check_readable(file: Path) -> None:
-    """Raise InputError unless the file is a whole GGUF: all tensors lie inside it."""
-    from gguf import GGUFReader
-
+def _check_magic(file: Path) -> None:
+    """Raise InputError unless the file can be read and begins as a GGUF."""
     try:
         with file.open("rb") as stream:
             magic = stream.read(4)
@@ -83,6 +82,12 @@ def _check_readable(file: Path) -> None:
             f"{file}: not a GGUF file: it starts with {magic!r}, expected {_MAGIC!r}. "
             "Download it again, or give an HF folder."
         )
+
+
+def _check_whole(file: Path) -> None:
+    """Raise InputError unless all tensors of the GGUF lie inside it; maps the file, so only done before a conversion."""
+    from gguf import GGUFReader
+
     try:
         GGUFReader(file)
     except Exception as error:  # the reader raises whatever numpy raises when an offset points past the end

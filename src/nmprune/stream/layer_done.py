@@ -1,0 +1,112 @@
+"""What the layer walker yields, and what steers it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from nmprune import masks
+from nmprune.architectures.linears import DenseLinear
+from nmprune.methods.base import Pruned
+from nmprune.results import LinearResult
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How hidden states flow; none of these belong to a method.
+
+    Attributes:
+        propagate: which layer feeds the next: "pruned" (the field's usual way) or "dense".
+        true_sequential: observe each shared input only after the linears before it in the layer were pruned.
+        batch_size: sequences per forward; 0 = chosen from the sequence length.
+        hidden_budget: bytes of hidden states kept in RAM; beyond it they live in a disk-backed file.
+        min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude, and the record says so.
+    """
+
+    propagate: Literal["pruned", "dense"] = "pruned"
+    true_sequential: bool = False
+    batch_size: int = 0
+    hidden_budget: int = 8 << 30
+    min_expert_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class LinearDone:
+    """One pruned linear.
+
+    Attributes:
+        name: `Linear.name`.
+        role: `Linear.role`.
+        tensor: the checkpoint tensor it belongs to.
+        pruned: the mask, and the moved weight rounded to the checkpoint's dtype (still (out, in)).
+        n_tokens: calibration tokens it saw.
+        seconds: time in the method.
+        output_error: ||X (W' - W)^T||^2 / ||X W^T||^2 on the calibration tokens, where the Gram matrix was collected.
+    """
+
+    name: str
+    role: str
+    tensor: str
+    pruned: Pruned
+    n_tokens: int
+    seconds: float
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """A sign of life inside a decoder layer, for progress bars.
+
+    Attributes:
+        index: 0-based number of the decoder layer.
+        phase: "observe", "solve" or "forward".
+        done: parts of the layer's work finished; `total` of them make the layer.
+        total: batches and linears of the layer, all phases together.
+    """
+
+    index: int
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class LayerDone:
+    """One finished decoder layer.
+
+    Attributes:
+        index: 0-based number of the decoder layer.
+        linears: what was pruned, in the order of the layer.
+        dense: what stayed dense, with reasons.
+        seconds: by phase: read, forward, statistics, solve, measure.
+        reused: True where the masks came from a finished layer of an interrupted run.
+        hidden: (n_sequences, seq_len, hidden) inputs of the next layer, for a run folder that keeps them; None after the
+            last layer and where no forward was needed. Valid until the generator goes on.
+    """
+
+    index: int
+    linears: tuple[LinearDone, ...]
+    dense: tuple[DenseLinear, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+    reused: bool = False
+    hidden: Tensor | None = None
+
+    def records(self) -> tuple[LinearResult, ...]:
+        """What results.json keeps of each linear."""
+        return tuple(
+            LinearResult(
+                name=one.name,
+                layer=self.index,
+                role=one.role,
+                tensor=one.tensor,
+                shape=(one.pruned.mask.shape[0], one.pruned.mask.shape[1]),
+                density=masks.density(one.pruned.mask),
+                n_tokens=one.n_tokens,
+                seconds=one.seconds,
+                output_error=one.output_error,
+                notes=one.pruned.notes,
+            )
+            for one in self.linears
+        )

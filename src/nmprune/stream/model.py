@@ -1,0 +1,401 @@
+"""A decoder model whose layers are brought into memory one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from nmprune.architectures import DenseLinear, Family, Linear, ModuleLinear, View, find_family, linears_of_layer
+from nmprune.checkpoint.names import NameMap, Piece
+from nmprune.checkpoint.reader import Checkpoint
+from nmprune.errors import InputError
+from nmprune.stream.calls import LayerCalls, last_logits, record_layer_calls
+from nmprune.stream.config import check_config, empty_model, load_config
+from nmprune.stream.heap import give_back
+from nmprune.stream.hidden_states import HiddenStates
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class DecoderModel:
+    """A causal language model, its decoder layers reachable one by one.
+
+    Opened from a folder, it holds no weights: `layer(i)` brings in one decoder layer and drops it afterwards. Made from a
+    model in memory, `layer(i)` is simply that layer. Everything else (embeddings, rotary embeddings, masks, final norm,
+    head) is the model's own code.
+
+    Attributes:
+        config: the model's config.
+        family: the table of its decoder layers and linears.
+        layers: the decoder layers, on the meta device unless loaded or in memory.
+        n_layers: number of decoder layers.
+        device: where layers run.
+        dtype: compute dtype.
+        checkpoint: the folder's tensors; None for a model in memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model = model
+        self.config: PretrainedConfig = model.config
+        self.family: Family = find_family(model.config.model_type)
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+        self.layers = _decoder_layers(model, self.family)
+        self.n_layers = len(self.layers)
+        self._names: NameMap | None = None
+        if checkpoint is not None:
+            self._names = NameMap(model, checkpoint.shapes())
+            _check_dtypes(model, self._names, checkpoint)
+            _move_buffers(model, device)
+        self._fp32_names = tuple(model._get_dtype_plan(dtype))
+        self._state_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model.eval()
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: DTypeName = "auto",
+        trust_remote_code: bool = False,
+        allow_sparse: bool = False,
+    ) -> Self:
+        """Open an HF folder without reading its weights.
+
+        Args:
+            folder: config.json and safetensors.
+            device: where layers run.
+            dtype: compute dtype; "auto" is fp32 on the CPU and the checkpoint's own elsewhere.
+            trust_remote_code: run Python code from the folder, where its config names some.
+            allow_sparse: take a model that says it is pruned already (to measure it).
+
+        Raises:
+            InputError: the folder, its config or its tensors cannot be used; quantised, encoder-only or unknown models.
+        """
+        checkpoint = Checkpoint.open(folder)
+        config = load_config(folder, trust_remote_code, allow_sparse)
+        place = torch.device(device)
+        compute = _compute_dtype(dtype, place, config)
+        model = empty_model(config, compute, trust_remote_code)
+        return cls(model, checkpoint, place, compute)
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, *, allow_sparse: bool = False) -> Self:
+        """A model that is in memory whole; pruning changes its weights in place. It is put into evaluation mode.
+
+        Args:
+            model: a `...ForCausalLM`.
+            allow_sparse: take a model whose config says that it is pruned already.
+
+        Raises:
+            InputError: its family is unknown, it is quantised or sparse already, or some of its weights are on the meta
+                device.
+        """
+        check_config(model.config, "the model", allow_sparse)
+        parameters = list(model.parameters())
+        if any(parameter.is_meta for parameter in parameters):
+            raise InputError("the model has weights on the meta device (offloaded or empty): pass its folder instead.")
+        return cls(model, None, parameters[0].device, parameters[0].dtype)
+
+    @property
+    def unused_tensors(self) -> tuple[str, ...]:
+        """Checkpoint tensors that belong to no part of the model (buffers that older versions saved); never read."""
+        return self._names.unused if self._names else ()
+
+    @classmethod
+    def from_config(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: DTypeName = "auto",
+        trust_remote_code: bool = False,
+        allow_sparse: bool = False,
+    ) -> Self:
+        """The model as its config.json describes it, without any weights: for plans.
+
+        Raises:
+            InputError: config.json cannot be used.
+        """
+        config = load_config(folder, trust_remote_code, allow_sparse)
+        place = torch.device(device)
+        compute = _compute_dtype(dtype, place, config)
+        return cls(empty_model(config, compute, trust_remote_code), None, place, compute)
+
+    # -- linears ------------------------------------------------------------------------------------------------------
+
+    def linears(self, index: int) -> tuple[list[Linear], list[DenseLinear]]:
+        """The prunable linears of decoder layer `index` in order of execution, and those that stay dense by the table."""
+        layer = self.layers[index]
+        found, dense = linears_of_layer(layer, self.family)
+        prefix = f"{self.family.layers}.{index}."
+        linears = [linear for one in found for linear in self._on_disk(prefix, one)]
+        shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in layer.named_parameters()}
+        return linears, [DenseLinear(prefix + role, shapes[role], reason) for role, reason in dense.items()]
+
+    def module_linears(self, index: int) -> list[ModuleLinear]:
+        """The prunable linears of decoder layer `index` as its module holds them."""
+        return linears_of_layer(self.layers[index], self.family)[0]
+
+    def stored_dtype(self, linear: Linear) -> torch.dtype:
+        """The dtype of the checkpoint tensor that holds a linear."""
+        return self.dtype if self.checkpoint is None else self.checkpoint.info(linear.tensor).dtype
+
+    def weight(self, layer: nn.Module, linear: Linear) -> Tensor:
+        """A copy of a linear's dense weight, fp32 (out, in) on the compute device.
+
+        Taken from the loaded layer, or read from disk again where the compute dtype holds less than the checkpoint's.
+        """
+        parameter = layer.get_parameter(linear.parameter)
+        stored = self.stored_dtype(linear)
+        if torch.promote_types(parameter.dtype, stored) == parameter.dtype or self.checkpoint is None:
+            return linear.in_module.of(parameter).detach().float().clone().contiguous()
+        return linear.on_disk.of(self.checkpoint.read(linear.tensor)).to(self.device).float().contiguous()
+
+    def _on_disk(self, prefix: str, one: ModuleLinear) -> Iterator[Linear]:
+        key = prefix + one.parameter
+        pieces = self._names.pieces[key] if self._names else (Piece(key),)
+        for piece in pieces:
+            if piece.region is None:
+                name = piece.tensor.removesuffix(".weight")
+                name = name if one.view.expert is None else f"{name}.{one.view.expert}"
+                yield Linear(
+                    name, one.role, one.shape, one.shared_input, piece.tensor, one.view, one.parameter, one.view
+                )
+            elif piece.region.expert == one.view.expert:
+                start, stop = piece.region.rows or (0, one.shape[0])
+                name = piece.tensor.removesuffix(".weight")
+                yield Linear(
+                    name=name,
+                    role=f"{one.role.rpartition('.')[0]}.{name.rpartition('.')[2]}",
+                    shape=(stop - start, one.shape[1]),
+                    shared_input=one.shared_input,
+                    tensor=piece.tensor,
+                    on_disk=View(),
+                    parameter=one.parameter,
+                    in_module=piece.region,
+                )
+
+    def dense_outside(self) -> list[DenseLinear]:
+        """The head, the embeddings and whatever else holds a matrix outside the decoder layers: all stay dense."""
+        tied = bool(self.model.all_tied_weights_keys)
+        reasons = {
+            id(self.model.get_output_embeddings()): "head, tied with the embedding: always dense"
+            if tied
+            else "head: dense",
+            id(self.model.get_input_embeddings()): "embedding, tied with the head: always dense"
+            if tied
+            else "embedding: dense",
+        }
+        inside = f"{self.family.layers}."
+        return [
+            DenseLinear(name, tuple(module.weight.shape), reasons.get(id(module), "outside the decoder layers: dense"))
+            for name, module in self.model.named_modules()
+            if not name.startswith(inside) and isinstance(module, nn.Linear | nn.Embedding)
+        ]
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights in memory inside the body; dropped after it when streamed."""
+        layer = self.layers[index]
+        with self._loaded(layer, f"{self.family.layers}.{index}."):
+            yield layer
+
+    @contextmanager
+    def _loaded(self, module: nn.Module, prefix: str, skip: frozenset[str] = frozenset()) -> Iterator[None]:
+        """Bring in the state of `module` whose names (under `prefix`) are not in `skip`."""
+        if self.checkpoint is None:
+            yield
+            return
+        names = [name for name in module.state_dict() if prefix + name not in skip and self._pieces(prefix + name)]
+        try:
+            for name in names:
+                _put(module, name, self._read(prefix + name))
+            yield
+        finally:
+            for name in names:
+                _put(module, name, _entry(module, name).to("meta"))
+            give_back()
+
+    def _pieces(self, key: str) -> tuple[Piece, ...]:
+        return self._names.pieces.get(key, ()) if self._names else ()
+
+    def _read(self, key: str) -> Tensor:
+        assert self.checkpoint is not None
+        keep_fp32 = any(name in key for name in self._fp32_names)
+        dtype = torch.float32 if keep_fp32 else self.dtype
+        pieces = self._pieces(key)
+        if pieces[0].region is None:
+            tensor = self.checkpoint.read(pieces[0].tensor)
+            return tensor.to(self.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        whole = torch.empty(self._state_shapes[key], dtype=dtype, device=self.device)
+        for piece in pieces:
+            assert piece.region is not None
+            piece.region.of(whole).copy_(self.checkpoint.read(piece.tensor))
+        return whole
+
+    @contextmanager
+    def random_layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with random weights inside the body: for timing a model of which only the config is here."""
+        layer = self.layers[index]
+        generator = torch.Generator().manual_seed(0)
+
+        def make(entry: Tensor) -> Tensor:
+            return torch.randn(entry.shape, generator=generator).mul_(0.02).to(self.device, self.dtype)
+
+        with self._stand_in(layer, make):
+            yield layer
+
+    @contextmanager
+    def stand_in(self) -> Iterator[None]:
+        """Zeros that take no memory for everything outside the decoder layers: what `calls` needs to be asked."""
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        with self._stand_in(self.model, lambda entry: zero.expand(entry.shape), self._inside_layers()):
+            yield
+
+    @contextmanager
+    def _stand_in(
+        self, module: nn.Module, make: Callable[[Tensor], Tensor], skip: frozenset[str] = frozenset()
+    ) -> Iterator[None]:
+        entries = {name: tensor for name, tensor in module.state_dict().items() if name not in skip and tensor.is_meta}
+        for name, entry in entries.items():
+            _put(module, name, make(entry))
+        try:
+            yield
+        finally:
+            for name, entry in entries.items():
+                _put(module, name, entry)
+
+    # -- the model's own ends -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def embedding(self) -> Iterator[None]:
+        """Everything before the decoder layers in memory: what `calls` needs."""
+        with self._loaded(self.model, "", self._inside_layers() | self._head_only()):
+            yield
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Everything but the decoder layers in memory: what `logits` needs."""
+        with self._loaded(self.model, "", self._inside_layers()):
+            if self.checkpoint is not None:
+                self.model.tie_weights()
+            yield
+
+    def _inside_layers(self) -> frozenset[str]:
+        return frozenset(key for key in self._state_shapes if key.startswith(f"{self.family.layers}."))
+
+    def _head_only(self) -> frozenset[str]:
+        head = self.model.get_output_embeddings()
+        if head is None or self.model.all_tied_weights_keys:
+            return frozenset()
+        name = next(name for name, module in self.model.named_modules() if module is head)
+        return frozenset(f"{name}.{part}" for part in head.state_dict())
+
+    def embed(
+        self, windows: Tensor, batch_size: int, hidden_budget: int, scratch: Path | None = None
+    ) -> tuple[HiddenStates, dict[int, LayerCalls]]:
+        """The first layer's inputs for all windows, and how the model calls its layers, by batch size.
+
+        Args:
+            windows: int64 (n_sequences, seq_len).
+            batch_size: sequences per forward; the last batch may be smaller.
+            hidden_budget: bytes kept in RAM; past it the hidden states live in a file in `scratch`.
+            scratch: folder for that file; None = the system's temporary folder.
+        """
+        hidden: HiddenStates | None = None
+        calls_of: dict[int, LayerCalls] = {}
+        with self.embedding():
+            for start in range(0, windows.shape[0], batch_size):
+                batch = slice(start, min(start + batch_size, windows.shape[0]))
+                calls = self.calls(windows[batch])
+                # the arguments (rotary tables, masks) are the same for every batch of that size
+                calls_of.setdefault(batch.stop - batch.start, replace(calls, hidden=calls.hidden.new_empty(0)))
+                if hidden is None:
+                    shape = (*windows.shape, calls.hidden.shape[-1])
+                    hidden = HiddenStates(shape, calls.hidden.dtype, self.device, hidden_budget, scratch)
+                hidden.put(batch, calls.hidden)
+        assert hidden is not None
+        return hidden, calls_of
+
+    def calls(self, token_ids: Tensor) -> LayerCalls:
+        """How the model itself calls its decoder layers for a batch: first hidden states and every layer's arguments.
+
+        Args:
+            token_ids: (batch, seq_len). To be called inside `embedding()`.
+        """
+        return record_layer_calls(self.model, self.layers, token_ids.to(self.device))
+
+    def logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """The model's logits (batch, seq_len, vocabulary) for the last layer's output. To be called inside `head()`."""
+        return last_logits(self.model, self.layers, hidden, token_ids.to(self.device))
+
+
+def _decoder_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
+    try:
+        return cast(nn.ModuleList, model.get_submodule(family.layers))
+    except AttributeError as error:
+        raise InputError(
+            f"{type(model).__name__} has no {family.layers}: a causal language model is needed, such as "
+            "AutoModelForCausalLM.from_pretrained gives."
+        ) from error
+
+
+def _check_dtypes(model: PreTrainedModel, names: NameMap, checkpoint: Checkpoint) -> None:
+    """Raise InputError where a floating-point parameter is stored as something else, such as packed integers or fp8."""
+    state = model.state_dict()
+    for key, pieces in names.pieces.items():
+        for piece in pieces:
+            stored = checkpoint.info(piece.tensor).dtype
+            if state[key].is_floating_point() and stored not in _FLOATS:
+                raise InputError(
+                    f"{checkpoint.folder}: tensor {piece.tensor} is {stored}; expected float32, bfloat16, float16 or float64. "
+                    "It looks quantised: start from the unquantised checkpoint."
+                )
+
+
+def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Bring the buffers that no checkpoint holds (rotary tables) to the compute device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _compute_dtype(name: DTypeName, device: torch.device, config: PretrainedConfig) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return torch.float32 if device.type == "cpu" else own
+
+
+def _entry(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    place: Any = module.get_submodule(owner)
+    if leaf in place._parameters:
+        place._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        place._buffers[leaf] = tensor

@@ -1,0 +1,87 @@
+"""From what goes wrong to what the user reads and the exit code.
+
+0 = done, 1 = a bug of ours, 2 = something the user can put right, 3 = `verify` found something wrong, 130 = Ctrl-C,
+141 = the reader of our output went away.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from nmprune.cli.console import BROKEN_PIPE, Output, say
+from nmprune.errors import InputError
+
+BUG, INPUT, INTERRUPTED = 1, 2, 130
+ISSUES = "the project's issue tracker"
+
+
+def guarded(command: Callable[..., int | None], resumable: bool = False) -> Callable[..., None]:
+    """`command` with its errors told in words and turned into an exit code.
+
+    Args:
+        command: a typer command with the flags `json` and `debug`; it returns its exit code, None for 0.
+        resumable: after Ctrl-C the same command goes on where it stopped.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        output, debug = Output(json=bool(kwargs.get("json"))), bool(kwargs.get("debug"))
+        try:
+            code = command(*args, **kwargs) or 0
+            sys.stdout.flush()
+        except InputError as error:
+            code = _told(output, "input", str(error), INPUT, debug)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            say(output.stderr, "interrupted.", "bold red")
+            if resumable:
+                say(
+                    output.stderr,
+                    "Finished decoder layers are kept. To go on where it stopped, run the same command again:",
+                )
+                say(output.stderr, f"  {shlex.join(['nmprune', *sys.argv[1:]])}")
+        except BrokenPipeError:
+            _close_stdout()
+            code = BROKEN_PIPE
+        except typer.Exit:
+            raise
+        except Exception as error:
+            words = f"{type(error).__name__}: {error}".rstrip(": ")
+            code = _told(output, "bug", words, BUG, debug)
+        raise typer.Exit(code)
+
+    return run
+
+
+def _told(output: Output, kind: str, message: str, code: int, debug: bool) -> int:
+    """Say what went wrong: in words on stderr, with --json also as a document on stdout; returns `code`."""
+    if debug:
+        # The frames only: local values hold weights and text.
+        Console(stderr=True, width=120).print_exception(show_locals=False)
+    if output.json:
+        output.result({"error": {"kind": kind, "message": message}})
+    if kind == "input":
+        say(output.stderr, f"error: {message}", "red")
+        return code
+    say(output.stderr, f"bug: {message}", "bold red")
+    if not debug:
+        say(
+            output.stderr,
+            "This is a fault of nmprune, not of your input. Run the same command with --debug for the traceback,",
+        )
+        say(output.stderr, f"and report it with `nmprune --version` to {ISSUES}.")
+    return code
+
+
+def _close_stdout() -> None:
+    """Let what is still buffered go nowhere: Python would complain about it while exiting."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())

@@ -1,0 +1,185 @@
+"""The flags that say what a run does -> a `Recipe`: of a model, or on top of a recipe file.
+
+Every flag is None where it was not given, so that only given ones override a recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nmprune.errors import InputError
+
+if TYPE_CHECKING:
+    from nmprune.run import Recipe
+
+RECIPE_SUFFIXES = (".yaml", ".yml")
+DEFAULT_METHOD, DEFAULT_PATTERN = "wanda", "2:4"
+
+_CALIBRATION, _STREAM = "Calibration text", "How hidden states flow"
+
+ModelOrRecipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|RECIPE.yaml",
+        help="An HF folder, a .gguf file, a hub id (OWNER/NAME), smollm2-135m, or a recipe.",
+        show_default=False,
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="See `nmprune list methods`. Over a recipe: its hyper-parameters are defaults again.",
+        show_default=DEFAULT_METHOD,
+    ),
+]
+PatternFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--pattern",
+        help="N:M keeps N of every M weights: 1:4 is 75 % sparse.",
+        metavar="N:M",
+        show_default=DEFAULT_PATTERN,
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="builtin, wikitext2, c4, hf:DATASET, or a .txt, .jsonl or .parquet file.",
+        metavar="TEXT",
+        show_default="builtin",
+        rich_help_panel=_CALIBRATION,
+    ),
+]
+NSequences = Annotated[int | None, typer.Option(help="Token windows.", show_default="32", rich_help_panel=_CALIBRATION)]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Tokens per window.", show_default="512", rich_help_panel=_CALIBRATION)
+]
+Seed = Annotated[int | None, typer.Option(help="Chooses the windows.", show_default="0", rich_help_panel=_CALIBRATION)]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Linears that stay dense, such as '*.down_proj'. Repeatable.", metavar="GLOB", show_default=False
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Any other setting: method.damping=0.05, stream.batch_size=4. Repeatable.",
+        metavar="KEY=VALUE",
+        show_default=False,
+    ),
+]
+Propagate = Annotated[
+    str | None,
+    typer.Option(help="Which layer feeds the next: pruned or dense.", show_default="pruned", rich_help_panel=_STREAM),
+]
+TrueSequential = Annotated[
+    bool | None,
+    typer.Option(
+        "--true-sequential/--no-true-sequential",
+        help="Inside a layer, observe each input only after the linears before it are pruned.",
+        show_default="no",
+        rich_help_panel=_STREAM,
+    ),
+]
+DType = Annotated[
+    str | None,
+    typer.Option(
+        help="Compute dtype: auto (fp32 on a CPU, else the model's), float32, bfloat16, float16. Files keep theirs.",
+        show_default="auto",
+    ),
+]
+TrustCode = Annotated[
+    bool | None,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code from the model's folder. Never done without this flag.",
+        show_default=False,
+    ),
+]
+
+AllowSparse = Annotated[
+    bool | None,
+    typer.Option("--allow-sparse", help="Take a model that is sparse already.", show_default=False),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeFlags:
+    """The flags as they were given; None = not given. Names are the recipe's keys where they differ from the flag's."""
+
+    method: str | None = None
+    pattern: str | None = None
+    calibration: str | None = None
+    n_sequences: int | None = None
+    seq_len: int | None = None
+    seed: int | None = None
+    exclude: Sequence[str] | None = None
+    settings: Sequence[str] | None = None
+    propagate: str | None = None
+    true_sequential: bool | None = None
+    dtype: str | None = None
+    trust_remote_code: bool | None = None
+    allow_sparse: bool | None = None
+
+    def as_settings(self) -> list[str]:
+        """ "key=value" for every given flag but --exclude; --set comes last and wins."""
+        given = {
+            "method": self.method,
+            "pattern": self.pattern,
+            "calibration.source": self.calibration,
+            "calibration.n_sequences": self.n_sequences,
+            "calibration.seq_len": self.seq_len,
+            "seed": self.seed,
+            "stream.propagate": self.propagate,
+            "stream.true_sequential": self.true_sequential,
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+            "allow_sparse": self.allow_sparse,
+        }
+        return [f"{key}={value}" for key, value in given.items() if value is not None] + list(self.settings or ())
+
+
+def is_recipe(model: str) -> bool:
+    """Whether MODEL is a recipe file."""
+    return model.lower().endswith(RECIPE_SUFFIXES)
+
+
+def read_recipe(model: str, flags: RecipeFlags) -> Recipe:
+    """The recipe that a command line means.
+
+    Raises:
+        InputError: no such recipe file (near matches are named), or faults in it or in the flags, all at once.
+    """
+    from nmprune.run.recipe import Recipe, with_settings
+
+    if is_recipe(model):
+        check_recipe_file(Path(model))
+        recipe = Recipe.from_yaml(Path(model), flags.as_settings())
+        return recipe if flags.exclude is None else dataclasses.replace(recipe, exclude=tuple(flags.exclude))
+    raw = {"model": model, "method": DEFAULT_METHOD, "pattern": DEFAULT_PATTERN, "exclude": list(flags.exclude or ())}
+    return Recipe.from_dict(with_settings(raw, flags.as_settings()), "")
+
+
+def check_recipe_file(path: Path) -> None:
+    """Raise InputError with near matches where there is no such file."""
+    if not path.exists():
+        from nmprune.run.find_model import near_paths
+
+        close = near_paths(path, lambda entry: entry.suffix in RECIPE_SUFFIXES)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else " Give the path of a recipe."
+        raise InputError(f"recipe {path}: no such file.{hint}")
+
+
+def default_out(recipe: Recipe) -> Path:
+    """runs/<model>_<method>_<pattern>, where --out is not given."""
+    from nmprune.checkpoint import display_name
+
+    model = display_name(recipe.model).rpartition("/")[2]
+    return Path("runs", f"{model}_{recipe.method.name}_{recipe.pattern.kept}x{recipe.pattern.group}")

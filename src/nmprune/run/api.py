@@ -1,0 +1,231 @@
+"""`nmprune.prune`: the Python door to a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nmprune.calibration import from_token_ids
+from nmprune.checkpoint import Checkpoint, as_integers
+from nmprune.checkpoint.names import NameMap
+from nmprune.errors import InputError
+from nmprune.methods import PerLinear, create
+from nmprune.pattern import Pattern
+from nmprune.results import LinearResult, Results
+from nmprune.run.folder import RunFolder
+from nmprune.run.machine import Machine
+from nmprune.run.progress import Progress, Report, silent
+from nmprune.run.prune import layer_progress, prune_run
+from nmprune.run.recipe import CalibrationRecipe, Recipe, StreamRecipe, section
+from nmprune.run.tokens import calibration_windows, token_source
+from nmprune.stream import DecoderModel, LayerDone, StreamOptions, prune_layers, refuse_sparse, select
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` gives back.
+
+    Attributes:
+        masks: linear name -> bool (out, in), True = kept. In memory only where no `out` was given.
+        linears: one record per pruned linear.
+        results: everything results.json holds; None without `out`.
+        out: the run folder; None without `out`.
+    """
+
+    masks: dict[str, Tensor]
+    linears: tuple[LinearResult, ...]
+    results: Results | None = None
+    out: Path | None = None
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    method: str | PerLinear = "wanda",
+    pattern: str | Pattern = "2:4",
+    calibration: str | Path | Tensor = "builtin",
+    out: str | Path | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    n_sequences: int = 32,
+    seq_len: int = 512,
+    seed: int = 0,
+    exclude: str | Sequence[str] = (),
+    stream: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    allow_sparse: bool = False,
+    machine: Machine | None = None,
+    report: Report = silent,
+) -> PruneResult:
+    """Prune a model to N:M.
+
+    A path, hub id, .gguf file or `smollm2-135m` is streamed one decoder layer at a time into the run folder `out`, resumable.
+    A model in memory is pruned in place; with `out` its dense weights are saved to `out/base` first, the run works from
+    there (as from any folder, in fp32 on a CPU), and the result is loaded back into the model.
+
+    Args:
+        model: what to prune.
+        method: a name of `nmprune list`, or a method object with its hyper-parameters set.
+        pattern: "2:4" keeps 2 of every 4 weights.
+        calibration: a text source (builtin, wikitext2, c4, hf:DATASET, a file), or token ids int64 (n_sequences, seq_len).
+        out: the run folder; needed unless the model is in memory.
+        tokenizer: for a model in memory with a text source; else the model folder's own.
+        n_sequences: token windows, where `calibration` is text.
+        seq_len: tokens per window, where `calibration` is text.
+        seed: chooses the windows.
+        exclude: shell patterns of linears that stay dense, e.g. "*.down_proj".
+        stream: propagate, true_sequential, batch_size, min_expert_tokens (see `StreamRecipe`).
+        dtype: compute dtype; "auto" is fp32 on a CPU and the checkpoint's elsewhere. Without `out`, a model in memory keeps
+            its own.
+        allow_sparse: take a model that is sparse already.
+        machine: device, memory budget, threads. Without `out`, a model in memory stays on its device.
+        report: called with a `Progress` at every sign of life.
+
+    Raises:
+        InputError: anything the caller can put right.
+    """
+    machine = machine or Machine()
+    ids = from_token_ids(calibration) if isinstance(calibration, Tensor) else None
+    in_memory = model if isinstance(model, PreTrainedModel) else None
+    recipe = _recipe(
+        "a model in memory" if in_memory is not None else str(model),
+        create(method) if isinstance(method, str) else method,
+        Pattern.parse(pattern) if isinstance(pattern, str) else pattern,
+        (exclude,) if isinstance(exclude, str) else tuple(exclude),
+        {"source": str(calibration), "n_sequences": n_sequences, "seq_len": seq_len}
+        if ids is None
+        else {"source": token_source(ids), "n_sequences": ids.shape[0], "seq_len": ids.shape[1]},
+        stream or {},
+        {"seed": seed, "dtype": dtype, "allow_sparse": allow_sparse},
+    )
+    if in_memory is None:
+        if out is None:
+            raise InputError(
+                "out is missing: a model that is not in memory is pruned into a run folder, such as out='runs/x'."
+            )
+        results = prune_run(recipe, Path(out), machine, ids, report)
+        return PruneResult({}, results.linears, results, Path(out))
+    needs_text = bool(recipe.method.needs) and ids is None
+    if needs_text and tokenizer is None and not recipe.calibration.source.endswith(".safetensors"):
+        raise InputError(
+            "tokenizer is missing: a model in memory has none. Pass tokenizer=, or token ids as calibration."
+        )
+    if out is None:
+        return _prune_in_memory(in_memory, recipe, machine, ids, tokenizer, report)
+    place = Path(out)
+    recipe = replace(recipe, model=str(RunFolder(place).base.resolve()))
+    RunFolder(place).check(recipe)
+    _save_base(in_memory, tokenizer, RunFolder(place).base)
+    results = prune_run(recipe, place, machine, ids, report)
+    finished = type(in_memory).from_pretrained(RunFolder(place).model, dtype=in_memory.dtype)
+    in_memory.load_state_dict(finished.state_dict())
+    return PruneResult({}, results.linears, results, place)
+
+
+def _recipe(
+    model: str,
+    method: PerLinear,
+    pattern: Pattern,
+    exclude: tuple[str, ...],
+    calibration: Mapping[str, Any],
+    stream: Mapping[str, Any],
+    rest: Mapping[str, Any],
+) -> Recipe:
+    """A recipe from the caller's arguments, checked as one from a file is."""
+    faults: list[str] = []
+    sections = {
+        "calibration": section(faults, "calibration", CalibrationRecipe, calibration),
+        "stream": section(faults, "stream", StreamRecipe, stream),
+    }
+    if faults:
+        raise InputError(" ".join(faults))
+    return Recipe(model=model, method=method, pattern=pattern, exclude=exclude, **sections, **rest)
+
+
+def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, base: Path) -> None:
+    """The dense model as a folder inside the run, so that the run can be resumed and verified later.
+
+    It is saved once, through a temporary name: a resumed run finds it whole or not at all.
+
+    Raises:
+        InputError: it cannot be written, or another model was saved there before.
+    """
+    if base.is_dir():
+        _check_same(model, base)
+        return
+    partial = base.with_name(base.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        partial.rename(base)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(
+            f"the dense model cannot be saved to {base}: {error}. Make room, or choose another out folder."
+        ) from error
+
+
+def _check_same(model: PreTrainedModel, base: Path) -> None:
+    """Raise InputError unless the folder holds exactly this model's weights."""
+    checkpoint = Checkpoint.open(base)
+    state = model.state_dict()
+    for key, pieces in NameMap(model, checkpoint.shapes()).pieces.items():
+        for piece in pieces:
+            mine = (state[key] if piece.region is None else piece.region.of(state[key])).cpu()
+            stored = checkpoint.read(piece.tensor)
+            if mine.dtype != stored.dtype or not torch.equal(as_integers(mine), as_integers(stored)):
+                raise InputError(
+                    f"{base} holds other weights than this model ({piece.tensor} differs): the run in {base.parent} was begun "
+                    "with another model, or this one is pruned already. Choose another out folder."
+                )
+
+
+def _prune_in_memory(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    machine: Machine,
+    token_ids: Tensor | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: Report,
+) -> PruneResult:
+    if recipe.dtype != "auto":
+        raise InputError(f"dtype is {recipe.dtype!r}; a model in memory keeps its own, so say model.to(dtype) instead.")
+    was_training = model.training
+    machine.set_threads()
+    decoder = DecoderModel.from_model(model, allow_sparse=recipe.allow_sparse)
+    if machine.device != "auto" and machine.resolve().type != decoder.device.type:
+        raise InputError(f"device is {machine.device!r}; a model in memory stays on its own, {decoder.device}.")
+    if not recipe.allow_sparse:
+        refuse_sparse(decoder, "the model")
+    selections = select(decoder, recipe.pattern, recipe.exclude)
+    windows = None
+    if recipe.method.needs:
+        windows, _ = calibration_windows(recipe, tokenizer, decoder.config, token_ids)
+    options = StreamOptions(**asdict(recipe.stream), hidden_budget=machine.hidden_budget)
+    masks: dict[str, Tensor] = {}
+    linears: list[LinearResult] = []
+    try:
+        walk = prune_layers(
+            decoder, windows, recipe.method, recipe.pattern, selections, options, scratch=machine.scratch
+        )
+        with closing(walk) as steps:
+            for step in steps:
+                report(layer_progress(step, decoder.n_layers))
+                if isinstance(step, LayerDone):
+                    masks |= {one.name: one.pruned.mask for one in step.linears}
+                    linears += step.records()
+    finally:
+        model.train(was_training)
+    report(Progress("done", 1, 1, "finished: the model is pruned in place"))
+    return PruneResult(masks, tuple(linears))

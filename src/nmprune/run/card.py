@@ -1,0 +1,52 @@
+"""The run folder's README.md: a model card that says what was done and how to do it again."""
+
+from __future__ import annotations
+
+from nmprune.results import Results
+from nmprune.run.recipe import Recipe
+
+
+def model_card(recipe: Recipe, results: Results) -> str:
+    """Markdown: method, recipe, numbers, how to load, verify and reproduce."""
+    settings = ", ".join(f"{key} {value}" for key, value in results.method.items() if key != "name") or "none"
+    dense = "\n".join(f"- `{one.name}`: {one.reason}" for one in results.dense[:12])
+    more = f"\n- and {len(results.dense) - 12} more, in `results.json`" if len(results.dense) > 12 else ""
+    calibration = "none needed"
+    if results.calibration:
+        c = results.calibration
+        calibration = f"{c['source']} ({c['split']}), {c['n_sequences']} x {c['seq_len']} tokens, seed {c['seed']}"
+    errors = [one.output_error for one in results.linears if one.output_error is not None]
+    error_line = (
+        f"| mean relative output error of a linear (calibration tokens) | {sum(errors) / len(errors):.4f} |\n"
+        if errors
+        else ""
+    )
+    return f"""# {recipe.model}, pruned to {results.pattern} ({results.pattern_words}) by {results.method["name"]}
+
+| | |
+|---|---|
+| method | {results.method["name"]} (hyper-parameters: {settings}) |
+| weights | {"moved" if results.updates_weights else "frozen: every kept weight is the dense model's, bit for bit"} |
+| calibration | {calibration} |
+| pruned linears | {len(results.linears)}, {results.weights_in_linears:,} weights, {results.weights_kept:,} kept |
+| global sparsity | {results.global_sparsity:.1%} of all {results.parameters:,} parameters |
+{error_line}| time | {sum(results.seconds.values()):.0f} s on {results.machine["device"]} ({results.machine["processor"]}) |
+
+`model/` is a plain Hugging Face folder with exact zeros: it loads in transformers as it is. Zeros alone do not make it faster.
+
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("model")
+
+Check it, measure it, make it again (from the folder that holds this one):
+
+    nmprune verify RUN
+    nmprune evaluate RUN --text wikitext2
+    nmprune prune RUN/recipe.yaml --out AGAIN
+
+## Dense on purpose
+
+{dense}{more}
+
+Made by nmprune. `recipe.yaml` holds every setting, `calibration.safetensors` the token ids, `masks.safetensors` the masks,
+`results.json` every linear's numbers.
+"""

@@ -1,0 +1,306 @@
+"""A run on disk: atomic writes, one progress file per finished layer, resume.
+
+Layout: recipe.yaml, calibration.safetensors, masks.safetensors, model/, results.json (last, by rename), README.md,
+progress/ (until the run is finished), base/ (only where a model in memory was pruned). docs/formats.md is the law.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nmprune import masks
+from nmprune.checkpoint.durable import atomic_file, flush_folder, writing
+from nmprune.errors import InputError
+from nmprune.methods import Pruned
+from nmprune.results import LinearResult, Results
+from nmprune.run.recipe import Recipe
+from nmprune.stream import LayerDone
+
+# Hidden states are kept at most this often: a resume recomputes at most about this much forward work.
+HIDDEN_INTERVAL_SECONDS = 120.0
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: runs/NAME. Nothing is made or checked until a method is called.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.tokens_file = self.path / "calibration.safetensors"
+        self.masks_file = self.path / "masks.safetensors"
+        self.model = self.path / "model"
+        self.base = self.path / "base"
+        self.results_file = self.path / "results.json"
+        self.card = self.path / "README.md"
+        self.progress = self.path / "progress"
+        self._hidden_file = self.progress / "hidden.safetensors"
+        self._sessions_file = self.progress / "sessions.json"
+        self._hidden_saved = time.monotonic()
+
+    @property
+    def is_run(self) -> bool:
+        """Whether this is a run's folder; a model's folder may hold another program's recipe.yaml."""
+        return self.recipe_file.is_file() and not (self.path / "config.json").is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete: results.json is written last."""
+        return self.results_file.is_file()
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise InputError where the folder holds another run, or something that is no run. Nothing is written."""
+        if self.recipe_file.is_file():
+            there = self.recipe_file.read_text()
+            if there != recipe.to_yaml():
+                raise InputError(
+                    f"{self.path} holds another run:\n{_differences(there, recipe)}\n"
+                    "Choose another --out folder, or delete this one."
+                )
+        elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
+            raise InputError(f"{self.path} exists and is not a run of nmprune. Choose another --out folder.")
+
+    def _foreign(self) -> set[str]:
+        """What lies here besides the traces of a run that was killed before its recipe was written."""
+        ours = {self.progress.name, self.base.name, f"{self.base.name}.partial", f"{self.recipe_file.name}.partial"}
+        return {file.name for file in self.path.iterdir()} - ours
+
+    @contextmanager
+    def working(self, recipe: Recipe) -> Iterator[None]:
+        """Hold the folder for this process inside the body, as the run of `recipe`.
+
+        Raises:
+            InputError: another process is working on it, it holds another run or something else, or cannot be written.
+        """
+        self.check(recipe)
+        with self._locked():
+            self.check(recipe)
+            if not self.recipe_file.is_file():
+                write_text(self.recipe_file, recipe.to_yaml())
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        path = self.progress / "lock"
+        with writing(path, 0):
+            self.progress.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            if not _takes(descriptor, path):
+                raise InputError(
+                    f"another process is working on {self.path}. Wait for it, or choose another --out folder."
+                )
+            yield
+        finally:
+            os.close(descriptor)
+
+    # -- calibration tokens -------------------------------------------------------------------------------------------
+
+    def saved_tokens(self) -> tuple[Tensor, dict[str, Any]] | None:
+        """The run's token ids, int64 (n_sequences, seq_len), and where they came from; None before they are saved."""
+        return read_tokens(self.tokens_file) if self.tokens_file.is_file() else None
+
+    def save_tokens(self, windows: Tensor, origin: Mapping[str, Any]) -> None:
+        """Keep the token ids, so that the run can be repeated exactly."""
+        metadata = {"format": "nmprune-tokens", "origin": json.dumps(dict(origin))}
+        write_tensors(self.tokens_file, {"token_ids": windows.contiguous()}, metadata)
+
+    # -- progress -----------------------------------------------------------------------------------------------------
+
+    def count_session(self, fingerprint: str) -> int:
+        """Note that the run was started once more on the checkpoint of that fingerprint; returns how often by now.
+
+        Raises:
+            InputError: earlier sessions worked on another checkpoint.
+        """
+        n_before = 0
+        if self._sessions_file.is_file():
+            before = json.loads(self._sessions_file.read_text())
+            n_before = before["sessions"]
+            if before["fingerprint"] != fingerprint:
+                raise InputError(
+                    f"{self.path} was begun on other weights: the model has changed since. Bring the old weights back, or "
+                    "choose another --out folder."
+                )
+        write_text(self._sessions_file, json.dumps({"sessions": n_before + 1, "fingerprint": fingerprint}))
+        return n_before + 1
+
+    def layer_file(self, index: int) -> Path:
+        """Where a finished layer is kept."""
+        return self.progress / f"layer_{index:05d}.safetensors"
+
+    def save_layer(self, done: LayerDone) -> None:
+        """Keep a finished layer: masks bit-packed, moved weights as they will be stored, and the record."""
+        tensors = {}
+        for one in done.linears:
+            tensors[f"{one.name}:mask"] = masks.pack(one.pruned.mask.cpu())
+            if one.pruned.weight is not None:
+                tensors[f"{one.name}:weight"] = one.pruned.weight.cpu().contiguous()
+        record = {"linears": [dataclasses.asdict(one) for one in done.records()], "seconds": done.seconds}
+        write_tensors(self.layer_file(done.index), tensors, {"record": json.dumps(record)})
+        if done.hidden is not None and time.monotonic() - self._hidden_saved >= HIDDEN_INTERVAL_SECONDS:
+            write_tensors(self._hidden_file, {"hidden": done.hidden}, {"layer": str(done.index + 1)})
+            self._hidden_saved = time.monotonic()
+
+    def layer(self, index: int) -> SavedLayer | None:
+        """A finished layer of an interrupted run; None where it is not finished."""
+        return SavedLayer(self.layer_file(index)) if self.layer_file(index).is_file() else None
+
+    def saved_hidden(self) -> tuple[int, Tensor] | None:
+        """(layer, its input hidden states) where an interrupted run kept them and all layers before it."""
+        if not self._hidden_file.is_file():
+            return None
+        with open_tensors(self._hidden_file) as file:
+            layer = int(file.metadata()["layer"])
+            whole = all(self.layer_file(index).is_file() for index in range(layer))
+            return (layer, file.get_tensor("hidden")) if whole else None
+
+    def finish(self, results: Results) -> None:
+        """Write results.json, then give the progress files' space back."""
+        write_text(self.results_file, results.to_json())
+        self.clean()
+
+    def clean(self) -> None:
+        """Delete the progress files of a finished run."""
+        if self.finished:
+            shutil.rmtree(self.progress, ignore_errors=True)
+
+    def read_recipe(self) -> Recipe:
+        """The recipe of an existing run.
+
+        Raises:
+            InputError: the folder is no run.
+        """
+        if not self.is_run:
+            raise InputError(f"{self.path} is not a run folder: it has no recipe.yaml. Make one with `nmprune prune`.")
+        return Recipe.from_yaml(self.recipe_file)
+
+    def read_results(self) -> Results:
+        """The results of a finished run.
+
+        Raises:
+            InputError: the folder is no run, or the run is not finished.
+        """
+        self.read_recipe()
+        if not self.finished:
+            raise InputError(
+                f"the run {self.path} is not finished. Run its prune command again: it goes on where it stopped."
+            )
+        return Results.read(self.results_file)
+
+
+class SavedLayer:
+    """The progress file of one finished layer; tensors are read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with open_tensors(path) as file:
+            record = json.loads((file.metadata() or {}).get("record", "null"))
+        if record is None:
+            raise InputError(f"{path} is damaged: it has no record. Delete it and run the command again.")
+        self.linears = tuple(LinearResult(**{**one, "shape": tuple(one["shape"])}) for one in record["linears"])
+        self.seconds: dict[str, float] = record["seconds"]
+
+    def pruned(self) -> dict[str, Pruned]:
+        """Linear name -> mask and moved weight."""
+        with open_tensors(self._path) as file:
+            stored = set(file.keys())
+            return {
+                one.name: Pruned(
+                    masks.unpack(file.get_tensor(f"{one.name}:mask"), one.shape),
+                    file.get_tensor(f"{one.name}:weight").clone() if f"{one.name}:weight" in stored else None,
+                    one.notes,
+                )
+                for one in self.linears
+            }
+
+
+def read_tokens(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """Token ids that a run saved, int64 (n_sequences, seq_len), and where they came from.
+
+    Raises:
+        InputError: not such a file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file. Give the calibration.safetensors of a run, or a text source.")
+    with open_tensors(path) as file:
+        if (file.metadata() or {}).get("format") != "nmprune-tokens":
+            raise InputError(f"{path} holds no calibration tokens of nmprune.")
+        return file.get_tensor("token_ids").clone(), json.loads(file.metadata()["origin"])
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file; InputError where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged: {error}. Delete it and run the command again.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all.
+
+    Raises:
+        InputError: the disk is full or not writable.
+    """
+    content = text.encode()
+    with writing(path, len(content)), atomic_file(path) as file:
+        file.write(content)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file so that it is there whole or not at all.
+
+    Raises:
+        InputError: the disk is full or not writable.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(dict(tensors), partial, metadata=dict(metadata))
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        flush_folder(path.parent)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise InputError(
+            f"cannot write {path} ({size / 2**20:.0f} MiB): {error}. What was finished is kept: free some space and run the same "
+            "command again."
+        ) from error
+
+
+def _takes(descriptor: int, path: Path) -> bool:
+    """Whether the lock is ours now; it is not where the process that held it has finished and deleted the file."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _differences(there: str, recipe: Recipe) -> str:
+    mine = recipe.to_yaml().splitlines()
+    theirs = there.splitlines()
+    lines = [f"  there: {line}" for line in theirs if line not in mine] + [
+        f"  here:  {line}" for line in mine if line not in theirs
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,187 @@
+"""From a run's progress files to what stays: masks.safetensors, model/, and the numbers for results.json."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmprune import masks
+from nmprune.architectures import Linear
+from nmprune.checkpoint import (
+    Checkpoint,
+    MaskFile,
+    TensorMask,
+    apply_mask,
+    checksum,
+    write_checkpoint,
+    write_masks,
+)
+from nmprune.methods import Pruned
+from nmprune.results import DenseResult, LinearResult, Results
+from nmprune.run.description import self_description
+from nmprune.run.folder import RunFolder, SavedLayer
+from nmprune.run.machine import PeakMemory
+from nmprune.run.progress import Progress, Report
+from nmprune.run.recipe import Recipe
+from nmprune.stream import DecoderModel, LayerSelection
+from nmprune.version import VERSION
+
+
+class Outputs:
+    """What a run leaves behind, made from its progress files once all layers are finished.
+
+    Args:
+        folder: the run.
+        recipe: what was done.
+        model: the dense model, opened from its folder.
+        selections: what was pruned and what stayed dense, layer by layer.
+    """
+
+    def __init__(
+        self, folder: RunFolder, recipe: Recipe, model: DecoderModel, selections: Sequence[LayerSelection]
+    ) -> None:
+        self._folder, self._recipe = folder, recipe
+        assert model.checkpoint is not None
+        self._base: Checkpoint = model.checkpoint
+        self._selections = selections
+        self._dense = [*model.dense_outside(), *(one for selection in selections for one in selection.dense)]
+        self._layer_of: dict[str, int] = {}
+        self._by_tensor: defaultdict[str, list[Linear]] = defaultdict(list)
+        for index, selection in enumerate(selections):
+            for linear in selection.prune:
+                self._layer_of[linear.tensor] = index
+                self._by_tensor[linear.tensor].append(linear)
+        self._write_seconds = 0.0
+        self._open: tuple[int, dict[str, Pruned]] | None = None
+
+    def _saved(self, index: int) -> SavedLayer:
+        saved = self._folder.layer(index)
+        assert saved is not None
+        return saved
+
+    def _pruned(self, index: int) -> dict[str, Pruned]:
+        """A layer's masks and weights; the last one asked for is kept, as tensors come layer by layer."""
+        if self._open is None or self._open[0] != index:
+            self._open = (index, self._saved(index).pruned())
+        return self._open[1]
+
+    def _mask(self, tensor: str) -> Tensor:
+        """The mask in the shape of the disk; True where a part of the tensor stays dense."""
+        mask = torch.ones(self._base.info(tensor).shape, dtype=torch.bool)
+        pruned = self._pruned(self._layer_of[tensor])
+        for linear in self._by_tensor[tensor]:
+            linear.on_disk.of(mask).copy_(pruned[linear.name].mask)
+        return mask
+
+    def _packed(self, tensor: str) -> Tensor:
+        return masks.pack(self._mask(tensor))
+
+    def _replace(self, tensor: str, base: Tensor) -> Tensor:
+        pruned = self._pruned(self._layer_of[tensor])
+        moved = base
+        for linear in self._by_tensor[tensor]:
+            weight = pruned[linear.name].weight
+            if weight is not None:
+                linear.on_disk.of(moved).copy_(weight)
+        return apply_mask(moved, self._mask(tensor))
+
+    def write_masks(self, report: Report) -> None:
+        """masks.safetensors."""
+        start = time.perf_counter()
+        report(Progress("masks", text=f"writing {self._folder.masks_file}"))
+        # Bits are made when their turn comes to be written: in memory is one layer's, whatever the depth.
+        entries = {
+            tensor: TensorMask(
+                partial(self._packed, tensor),
+                self._base.info(tensor).shape,
+                self._recipe.pattern,
+                linears[0].on_disk.group_axis,
+                self._dense_rows(tensor),
+            )
+            for tensor, linears in self._by_tensor.items()
+        }
+        write_masks(
+            self._folder.masks_file,
+            MaskFile(entries, self._recipe.method.name, self._recipe.model, self._base.fingerprint(), VERSION),
+        )
+        self._write_seconds += time.perf_counter() - start
+
+    def _dense_rows(self, tensor: str) -> tuple[tuple[int, int], ...]:
+        """Experts of a 3-D tensor that were excluded, as ranges of its rows."""
+        shape = self._base.info(tensor).shape
+        if len(shape) == 2:
+            return ()
+        out_features = self._by_tensor[tensor][0].shape[0]
+        present = {linear.on_disk.expert for linear in self._by_tensor[tensor]}
+        return tuple((e * out_features, (e + 1) * out_features) for e in range(shape[0]) if e not in present)
+
+    def write_model(self, report: Report) -> None:
+        """model/, unless an interrupted session had it whole already."""
+        if self._folder.model.exists():
+            return
+        start = time.perf_counter()
+        total = self._base.nbytes
+        done = 0
+
+        def wrote(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            report(Progress("model", done, total))
+
+        report(Progress("model", 0, total, f"writing {self._folder.model} ({total / 2**20:,.0f} MiB)"))
+        description = self_description(
+            self._recipe.pattern.words,
+            {"name": self._recipe.method.name, **self._recipe.method.hyper_parameters()},
+            checksum(self._folder.masks_file),
+            (linear.name for selection in self._selections for linear in selection.prune),
+            self._dense,
+        )
+        write_checkpoint(
+            self._base, self._folder.model, self._replace, set(self._by_tensor), {"nmprune": description}, wrote
+        )
+        self._write_seconds += time.perf_counter() - start
+
+    def results(
+        self, origin: dict[str, Any] | None, sessions: int, peak: PeakMemory, machine: dict[str, Any]
+    ) -> Results:
+        """Everything for results.json."""
+        seconds: defaultdict[str, float] = defaultdict(float)
+        linears: list[LinearResult] = []
+        for index in range(len(self._selections)):
+            saved = self._saved(index)
+            linears += saved.linears
+            for phase, value in saved.seconds.items():
+                seconds[phase] += value
+        seconds["write"] = self._write_seconds
+        in_linears = sum(math.prod(one.shape) for one in linears)
+        kept = sum(round(one.density * math.prod(one.shape)) for one in linears)
+        parameters = sum(math.prod(self._base.info(name).shape) for name in self._base.names())
+        recipe = self._recipe
+        return Results(
+            model=recipe.model,
+            model_fingerprint=self._base.fingerprint(),
+            method={"name": recipe.method.name, **recipe.method.hyper_parameters()},
+            pattern=str(recipe.pattern),
+            pattern_words=recipe.pattern.words,
+            updates_weights=recipe.method.updates_weights,
+            calibration=origin,
+            weights_in_linears=in_linears,
+            weights_kept=kept,
+            parameters=parameters,
+            global_sparsity=(in_linears - kept) / parameters,
+            mask_checksum=checksum(self._folder.masks_file),
+            seconds=dict(seconds),
+            sessions=sessions,
+            peak_memory=peak.host(),
+            device_peak_memory=peak.device(),
+            machine=machine,
+            linears=tuple(linears),
+            dense=tuple(DenseResult(one.name, one.shape, one.reason) for one in self._dense),
+        )

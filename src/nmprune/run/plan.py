@@ -1,0 +1,249 @@
+"""What a run would do, need and take, told from config.json alone: linears, memory, disk, time. No weights are read."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from nmprune.architectures import DenseLinear, Linear
+from nmprune.checkpoint import locate_config
+from nmprune.report.plan import Plan, RolePlan
+from nmprune.run.machine import Machine
+from nmprune.run.probe import Rates, measure, signature
+from nmprune.run.recipe import Recipe
+from nmprune.stream import DecoderModel, DTypeName, LayerSelection, default_batch_size, select
+
+_HEADROOM = 0.9  # share of a device's memory that a plan counts on: the allocator and the context need the rest
+
+
+def plan(
+    recipe: Recipe,
+    machine: Machine | None = None,
+    *,
+    out: Path = Path(),
+    device_memory: int | None = None,
+    timed: bool = True,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        recipe: what would be done.
+        machine: how.
+        out: a folder on the disk that the run would write to, for timing that disk.
+        device_memory: bytes of a device that is not here: tells whether the run fits it, and gives no time.
+        timed: measure this machine (seconds to a minute) and estimate the time.
+
+    Raises:
+        InputError: the recipe cannot be run: unknown model, linears that do not take the pattern, and so on.
+    """
+    machine = machine or Machine()
+    device = torch.device("cpu") if device_memory else machine.resolve()
+    dtype: DTypeName = recipe.dtype  # type: ignore[assignment]
+    if device_memory and dtype == "auto":
+        dtype = "bfloat16"
+    machine.set_threads()
+    folder = locate_config(recipe.model)
+    model = DecoderModel.from_config(
+        folder, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code, allow_sparse=recipe.allow_sparse
+    )
+    selections = select(model, recipe.pattern, recipe.exclude)
+    sizes = _Sizes(recipe, machine, model, selections)
+    memory = sizes.memory(on_device=device_memory is not None)
+    limit = int(device_memory * _HEADROOM) if device_memory else psutil.virtual_memory().total
+    seconds = None
+    if timed and device_memory is None:
+        nearest = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
+        seconds = sizes.seconds(measure(model, recipe.method, recipe.pattern, sizes.batch, nearest))
+    return Plan(
+        model=recipe.model,
+        method=recipe.method.name,
+        pattern=recipe.pattern.words,
+        parameters=sizes.parameters,
+        n_layers=model.n_layers,
+        linears=_roles(selections),
+        dense=_dense([*model.dense_outside(), *(one for selection in selections for one in selection.dense)]),
+        global_sparsity=sizes.in_linears * recipe.pattern.sparsity / sizes.parameters,
+        calibration=(recipe.calibration.n_sequences, *sizes.batch[::-1]) if recipe.method.needs else None,
+        layer_passes=sizes.passes,
+        memory=memory,
+        peak_memory=max(sum(parts.values()) for parts in memory.values()),
+        limit=limit,
+        device_memory=device_memory,
+        disk=sizes.disk(),
+        seconds=seconds,
+        notes=_notes(recipe, sizes, machine),
+    )
+
+
+class _Sizes:
+    """Bytes and operation counts of a run."""
+
+    def __init__(
+        self, recipe: Recipe, machine: Machine, model: DecoderModel, selections: Sequence[LayerSelection]
+    ) -> None:
+        self.recipe, self.machine, self.model, self.selections = recipe, machine, model, selections
+        seq_len = recipe.calibration.seq_len
+        n_sequences = recipe.calibration.n_sequences
+        self.batch = (min(n_sequences, recipe.stream.batch_size or default_batch_size(seq_len)), seq_len)
+        state = model.model.state_dict()
+        tied = set(model.model.all_tied_weights_keys)
+        self.parameters = sum(tensor.numel() for name, tensor in state.items() if name not in tied)
+        self.in_linears = sum(math.prod(one.shape) for selection in selections for one in selection.prune)
+        self.compute_size = model.dtype.itemsize
+        self.stored_size = _stored_size(model)
+        config = model.config.get_text_config()
+        self.hidden_size: int = config.hidden_size
+        self.hidden_bytes = n_sequences * seq_len * self.hidden_size * self.compute_size
+        self.layer_weights = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+        outside = sum(tensor.numel() for name, tensor in state.items() if not name.startswith(model.family.layers))
+        self.outside_weights = outside - sum(state[name].numel() for name in tied)
+        self.head_weights = 0 if tied else _numel(model.model.get_output_embeddings())
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there are forwards at all."""
+        return bool(self.recipe.method.needs)
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a decoder layer over all calibration tokens."""
+        if not self.calibrated:
+            return 0
+        n_layers = self.model.n_layers
+        if self.recipe.stream.propagate == "dense":
+            return n_layers
+        stages = [len({one.shared_input for one in selection.prune}) for selection in self.selections]
+        observing = sum(stages) if self.recipe.stream.true_sequential else n_layers
+        return observing + n_layers - 1
+
+    def memory(self, on_device: bool) -> dict[str, dict[str, int]]:
+        """Stage -> part -> bytes; with `on_device` what lies on the accelerator."""
+        stages = {"layers": self._layer_stage(on_device)}
+        if self.calibrated:
+            rows = self.outside_weights - self.head_weights
+            stages["embedding"] = {"embedding": rows * self.compute_size}
+            if not on_device:
+                stages["embedding"]["hidden states"] = min(self.hidden_bytes, self.machine.hidden_budget)
+        if not on_device:
+            stages["writing"] = self._write_stage()
+        return stages
+
+    def _layer_stage(self, on_device: bool) -> dict[str, int]:
+        worst = max(range(self.model.n_layers), key=lambda index: self.layer_weights[index])
+        linears = self.selections[worst].prune
+        tokens = self.batch[0] * self.batch[1]
+        parts = {"decoder layer": self.layer_weights[worst] * self.compute_size}
+        method = self.recipe.method
+        solving = max(
+            (4 * math.prod(one.shape) + method.solver_bytes(*one.shape) for one in linears),
+            default=0,
+        )
+        results = self._results(linears)
+        if not self.calibrated:
+            return {**parts, "solver": solving, "masks and moved weights of the layer": results}
+        if not on_device:
+            parts["hidden states"] = min(self.hidden_bytes, self.machine.hidden_budget)
+        parts["statistics"] = self._statistics(linears)
+        forward = tokens * _activation_width(linears, self.hidden_size) * self.compute_size
+        parts["batch in the forward, or solver"] = max(forward, solving + results)
+        return parts
+
+    def _statistics(self, linears: Sequence[Linear]) -> int:
+        widths = {one.shared_input: one.shape[1] for one in linears}
+        if self.recipe.stream.true_sequential:
+            return max((self._of_width(width) for width in widths.values()), default=0)
+        return sum(self._of_width(width) for width in widths.values())
+
+    def _of_width(self, width: int) -> int:
+        needs = self.recipe.method.needs
+        return (4 * width * width if "input_gram" in needs else 0) + (8 * width if "input_sq_norm" in needs else 0)
+
+    def _results(self, linears: Sequence[Linear]) -> int:
+        per_weight = 1 + (self.stored_size if self.recipe.method.updates_weights else 0)
+        return per_weight * sum(math.prod(one.shape) for one in linears)
+
+    def _write_stage(self) -> dict[str, int]:
+        worst = max(self.selections, key=lambda selection: sum(math.prod(one.shape) for one in selection.prune))
+        largest = max((math.prod(one.shape) for one in worst.prune), default=0)
+        return {
+            "masks and moved weights of a layer": self._results(worst.prune),
+            "one tensor, dense and pruned": largest * (2 * self.stored_size + 1),
+        }
+
+    def disk(self) -> dict[str, int]:
+        """Part -> bytes."""
+        moved = self.in_linears * self.stored_size if self.recipe.method.updates_weights else 0
+        return {
+            "progress (given back)": self.in_linears // 8 + moved,
+            "masks": self.in_linears // 8,
+            "model": self.parameters * self.stored_size,
+        }
+
+    def seconds(self, rates: Rates) -> dict[str, float]:
+        """Phase -> seconds."""
+        seconds: defaultdict[str, float] = defaultdict(float)
+        n_batches = self.recipe.calibration.n_sequences / self.batch[0] if self.calibrated else 0.0
+        for index, selection in enumerate(self.selections):
+            if self.calibrated:
+                passes = self.passes / self.model.n_layers
+                seconds["forward"] += passes * n_batches * rates.layer_seconds[signature(self.model.layers[index])]
+                widths = {one.shared_input: one.shape[1] for one in selection.prune if one.in_module.expert is None}
+                for width in widths.values():
+                    seconds["statistics"] += n_batches * rates.statistics_seconds[width]
+            seconds["solve"] += sum(rates.solver_seconds[one.shape] for one in selection.prune)
+        stored = self.parameters * self.stored_size
+        seconds["read"] = 2 * stored * rates.read_seconds
+        seconds["write"] = sum(self.disk().values()) * rates.write_seconds
+        return dict(seconds)
+
+
+def _activation_width(linears: Sequence[Linear], hidden_size: int) -> int:
+    """Values per token alive at once in a layer's forward: the widest linear's inputs and outputs, and the residual stream."""
+    widest = max((max(one.shape) for one in linears), default=hidden_size)
+    return 3 * widest + 3 * hidden_size
+
+
+def _stored_size(model: DecoderModel) -> int:
+    dtype = model.config.dtype
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
+
+
+def _numel(module: Any) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+def _roles(selections: Sequence[LayerSelection]) -> tuple[RolePlan, ...]:
+    found: dict[tuple[str, tuple[int, int]], int] = defaultdict(int)
+    for selection in selections:
+        for one in selection.prune:
+            found[(one.role, one.shape)] += 1
+    return tuple(RolePlan(role, count, shape, count * math.prod(shape)) for (role, shape), count in found.items())
+
+
+def _dense(dense: Sequence[DenseLinear]) -> tuple[tuple[str, int, str], ...]:
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for one in dense:
+        name = ".".join("*" if part.isdigit() else part for part in one.name.split("."))
+        counts[(name, one.reason)] += 1
+    return tuple((name, count, reason) for (name, reason), count in counts.items())
+
+
+def _notes(recipe: Recipe, sizes: _Sizes, machine: Machine) -> tuple[str, ...]:
+    notes = []
+    if recipe.model.endswith(".gguf"):
+        notes.append(
+            "a GGUF file is dequantised once, whole, at the first run: "
+            f"{sizes.parameters * 4 / 2**30:.1f} GiB of memory and disk."
+        )
+    if sizes.calibrated and sizes.hidden_bytes > machine.hidden_budget:
+        notes.append(
+            f"hidden states of {sizes.hidden_bytes / 2**30:.1f} GiB pass the budget of "
+            f"{machine.hidden_budget / 2**30:.1f} GiB: they will live in a file of that size."
+        )
+    return tuple(notes)

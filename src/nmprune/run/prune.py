@@ -1,0 +1,192 @@
+"""One pruning run, put together: locate, calibrate, prune layer by layer, write masks, model and results. Resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmprune.methods import Pruned
+from nmprune.results import Results
+from nmprune.run.card import model_card
+from nmprune.run.find_model import find_model
+from nmprune.run.folder import RunFolder, write_text
+from nmprune.run.machine import Machine, PeakMemory, describe
+from nmprune.run.outputs import Outputs
+from nmprune.run.progress import Progress, Report, silent
+from nmprune.run.recipe import Recipe
+from nmprune.run.tokens import calibration_windows
+from nmprune.stream import (
+    DecoderModel,
+    DTypeName,
+    LayerDone,
+    LayerSelection,
+    LayerStep,
+    StreamOptions,
+    prune_layers,
+    refuse_sparse,
+    select,
+)
+
+
+def prune_run(
+    recipe: Recipe,
+    out: Path,
+    machine: Machine | None = None,
+    token_ids: Tensor | None = None,
+    report: Report = silent,
+) -> Results:
+    """Do a run, or what is left of it, in the folder `out`.
+
+    A finished run of the same recipe changes nothing. Nothing is written before the model, the recipe and the calibration
+    text were found to fit each other.
+
+    Args:
+        recipe: what to do.
+        out: the run's folder; absent, empty, or holding the same recipe.
+        machine: how to do it.
+        token_ids: int64 (n_sequences, seq_len) in place of the recipe's calibration text.
+        report: called at every sign of life.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        InputError: anything the user can put right.
+    """
+    machine = machine or Machine()
+    device = machine.resolve()
+    folder = RunFolder(out)
+    folder.check(recipe)
+    if folder.finished:
+        return _nothing_to_do(folder, report)
+    report(Progress("open", text=f"opening {recipe.model}"))
+    machine.set_threads()
+    peak = PeakMemory(device)
+    source = find_model(recipe.model)
+    model = _open(recipe, source, device, report)
+    selections = select(model, recipe.pattern, recipe.exclude)
+    windows, origin = _tokens(folder, recipe, source, model, token_ids, report)
+    with folder.working(recipe):
+        if folder.finished:
+            return _nothing_to_do(folder, report)
+        assert model.checkpoint is not None
+        sessions = folder.count_session(model.checkpoint.fingerprint())
+        if windows is not None and origin is not None:
+            folder.save_tokens(windows, origin)
+        _layers(folder, recipe, machine, model, selections, windows, report)
+        outputs = Outputs(folder, recipe, model, selections)
+        outputs.write_masks(report)
+        outputs.write_model(report)
+        results = outputs.results(origin, sessions, peak, describe(device))
+        write_text(folder.card, model_card(recipe, results))
+        folder.finish(results)
+    report(Progress("done", 1, 1, f"finished: {folder.model}"))
+    return results
+
+
+def _nothing_to_do(folder: RunFolder, report: Report) -> Results:
+    results = folder.read_results()
+    folder.clean()
+    report(Progress("done", 1, 1, f"{folder.path} is finished already; nothing to do."))
+    return results
+
+
+def _open(recipe: Recipe, source: Path, device: torch.device, report: Report) -> DecoderModel:
+    dtype: DTypeName = recipe.dtype  # type: ignore[assignment]
+    model = DecoderModel.open(
+        source,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=recipe.trust_remote_code,
+        allow_sparse=recipe.allow_sparse,
+    )
+    if model.unused_tensors:
+        report(
+            Progress(
+                "open",
+                text=f"{len(model.unused_tensors)} checkpoint tensors belong to no part of the model and are copied as they "
+                f"are, such as {model.unused_tensors[0]}",
+            )
+        )
+    if not recipe.allow_sparse:
+        refuse_sparse(model, recipe.model)
+    return model
+
+
+def _tokens(
+    folder: RunFolder, recipe: Recipe, source: Path, model: DecoderModel, token_ids: Tensor | None, report: Report
+) -> tuple[Tensor | None, dict[str, Any] | None]:
+    """The run's calibration windows: those that it saved before, else made now; None for methods that need none."""
+    if not recipe.method.needs:
+        return None, None
+    saved = folder.saved_tokens()
+    if saved is not None:
+        return saved
+    report(Progress("calibrate", text=f"calibrating on {recipe.calibration.source}"))
+    return calibration_windows(recipe, source, model.config, token_ids)
+
+
+def _layers(
+    folder: RunFolder,
+    recipe: Recipe,
+    machine: Machine,
+    model: DecoderModel,
+    selections: Sequence[LayerSelection],
+    windows: Tensor | None,
+    report: Report,
+) -> None:
+    """Prune what is not pruned yet and keep each layer as it is finished."""
+    n_layers = model.n_layers
+    n_finished = sum(folder.layer(index) is not None for index in range(n_layers))
+    if n_finished == n_layers:
+        return
+    if n_finished:
+        report(Progress("layers", 0, n_layers, f"resuming: {n_finished} of {n_layers} decoder layers are finished"))
+    options = StreamOptions(**asdict(recipe.stream), hidden_budget=machine.hidden_budget)
+
+    def finished(index: int) -> dict[str, Pruned] | None:
+        saved = folder.layer(index)
+        return None if saved is None else saved.pruned()
+
+    restart = folder.saved_hidden() if windows is not None else None
+    steps = prune_layers(
+        model,
+        windows,
+        recipe.method,
+        recipe.pattern,
+        selections,
+        options,
+        finished=finished,
+        restart=restart,
+        scratch=machine.scratch,
+    )
+    for step in steps:
+        if isinstance(step, LayerDone) and not step.reused:
+            folder.save_layer(step)
+        report(layer_progress(step, n_layers))
+
+
+def layer_progress(step: LayerStep | LayerDone, n_layers: int) -> Progress:
+    """What the walker yields, as a report."""
+    if isinstance(step, LayerStep):
+        return Progress("layers", step.index + step.done / max(step.total, 1) * 0.999, n_layers)
+    return Progress("layers", step.index + 1, n_layers, _layer_line(step, n_layers))
+
+
+def _layer_line(done: LayerDone, n_layers: int) -> str:
+    if done.reused:
+        return f"decoder layer {done.index + 1}/{n_layers}: taken over"
+    errors = [one.output_error for one in done.linears if one.output_error is not None]
+    parts = [f"{len(done.linears)} linears"]
+    if errors:
+        parts.append(f"mean output error {sum(errors) / len(errors):.4f}")
+    fallbacks = sum("fallback" in one.pruned.notes for one in done.linears)
+    if fallbacks:
+        parts.append(f"{fallbacks} experts by magnitude: too few tokens")
+    parts.append(f"{sum(done.seconds.values()):.1f} s")
+    return f"decoder layer {done.index + 1}/{n_layers}: {', '.join(parts)}"

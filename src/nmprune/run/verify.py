@@ -1,0 +1,138 @@
+"""Verify a run: its model against its masks and its dense model, and its files against each other."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from nmprune.checkpoint import Checkpoint, MaskFile, checksum, read_masks
+from nmprune.errors import InputError
+from nmprune.evaluate.verify import VerifyReport, verify
+from nmprune.results import Results
+from nmprune.run.base import find_base, wrong_base
+from nmprune.run.folder import RunFolder
+from nmprune.run.progress import Progress, Report, silent
+from nmprune.run.recipe import Recipe
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What verifying a run found.
+
+    Attributes:
+        run: the run folder.
+        base: the dense model's folder.
+        faults: what is wrong with the run as a whole: files that cannot be read or contradict each other.
+        report: the comparison tensor by tensor; None where masks or model cannot be read.
+    """
+
+    run: str
+    base: str
+    faults: tuple[str, ...]
+    report: VerifyReport | None
+
+    @property
+    def ok(self) -> bool:
+        """True where nothing is wrong."""
+        return not self.faults and self.report is not None and self.report.ok
+
+
+def verify_run(out: Path, base: str | None = None, report: Report = silent) -> Verdict:
+    """Verify the finished run in `out`.
+
+    A damaged or altered file of the run is a finding. What the user can put right is an error.
+
+    Args:
+        out: the run folder.
+        base: where the dense model is now; None = where the recipe says.
+        report: called at every sign of life.
+
+    Raises:
+        InputError: no finished run, the dense model is not there, or it is another model.
+    """
+    folder = RunFolder(out)
+    results, recipe = folder.read_results(), folder.read_recipe()
+    report(Progress("verify", text=f"verifying {out}"))
+    dense = Checkpoint.open(find_base(folder, recipe.model, base))
+    faults: list[str] = []
+    masks = _or_fault(faults, lambda: read_masks(folder.masks_file))
+    pruned = _or_fault(faults, lambda: Checkpoint.open(folder.model))
+    fingerprint = dense.fingerprint()
+    if fingerprint not in (results.model_fingerprint, masks.fingerprint if masks else ""):
+        raise wrong_base(dense.folder, fingerprint, results.model_fingerprint)
+    if masks is None or pruned is None:
+        return Verdict(str(out), str(dense.folder), tuple(faults), None)
+    faults += _contradictions(folder, recipe, results, masks, pruned, fingerprint)
+    done = 0
+
+    def compared(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        report(Progress("verify", done, dense.nbytes))
+
+    try:
+        found = verify(dense, pruned, masks, recipe.method.updates_weights, on_progress=compared)
+    except InputError as error:  # a file that changes or breaks while it is read
+        return Verdict(str(out), str(dense.folder), (*faults, str(error)), None)
+    return Verdict(str(out), str(dense.folder), tuple(faults), found)
+
+
+def _or_fault(faults: list[str], make: Callable[[], _T]) -> _T | None:
+    try:
+        return make()
+    except InputError as error:
+        faults.append(str(error))
+        return None
+
+
+def _contradictions(
+    folder: RunFolder, recipe: Recipe, results: Results, masks: MaskFile, pruned: Checkpoint, fingerprint: str
+) -> Iterator[str]:
+    """Where recipe, results, masks and the model's own description do not say the same."""
+    for name, said in (("masks.safetensors", masks.fingerprint), ("results.json", results.model_fingerprint)):
+        if said != fingerprint:
+            yield f"{name} names the dense model {said[:12] or 'nothing'}; the one compared with is {fingerprint[:12]}."
+    digest = checksum(folder.masks_file)
+    key = pruned.config.get("nmprune")
+    in_config = str(key.get("mask_checksum", "")) if isinstance(key, dict) else ""
+    for name, said in (
+        ("results.json", results.mask_checksum),
+        ("model/config.json", in_config.removeprefix("sha256:")),
+    ):
+        if said != digest:
+            yield f"{name} holds the mask checksum {said[:12] or '(none)'}; masks.safetensors has {digest[:12]}."
+    method, pattern = str(results.method.get("name")), str(recipe.pattern)
+    for what, values in (
+        ("method", (recipe.method.name, method, masks.method)),
+        ("pattern", (pattern, results.pattern, ", ".join(map(str, masks.patterns())))),
+    ):
+        if len(set(values)) > 1:
+            said_by = zip(("recipe.yaml", "results.json", "masks.safetensors"), values, strict=True)
+            yield f"the {what} is not the same everywhere: {', '.join(f'{who} {value}' for who, value in said_by)}."
+    yield from _uncovered(results, masks)
+
+
+def _uncovered(results: Results, masks: MaskFile) -> Iterator[str]:
+    """Linears that results.json calls pruned and no mask covers, and the other way round."""
+    pruned_rows: defaultdict[str, int] = defaultdict(int)
+    for linear in results.linears:
+        pruned_rows[linear.tensor] += linear.shape[0]
+    for tensor, n_rows in pruned_rows.items():
+        if tensor not in masks.masks:
+            yield f"results.json says that {tensor} was pruned, and it has no mask."
+            continue
+        entry = masks.masks[tensor]
+        masked_rows = entry.n_rows - sum(stop - start for start, stop in entry.dense_rows)
+        if masked_rows != n_rows:
+            yield f"{tensor}: results.json lists {n_rows} pruned output features, its mask rules {masked_rows}."
+    for tensor in sorted(masks.masks.keys() - pruned_rows.keys()):
+        yield f"{tensor} has a mask, and results.json lists no pruned linear in it."
+    n_weights = sum(math.prod(linear.shape) for linear in results.linears)
+    if n_weights != results.weights_in_linears:
+        yield f"results.json counts {results.weights_in_linears:,} weights in linears and lists {n_weights:,}."

@@ -1,0 +1,85 @@
+"""What goes wrong, as the user sees it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from nmprune.cli.guard import guarded
+from nmprune.errors import InputError
+
+
+def run(error: BaseException | None, *, json: bool = False, debug: bool = False, resumable: bool = False) -> int:
+    def command(json: bool, debug: bool) -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(typer.Exit) as caught:
+        guarded(command, resumable)(json=json, debug=debug)
+    return caught.value.exit_code
+
+
+def test_exit_codes():
+    assert run(None) == 0
+    assert run(InputError("x")) == 2
+    assert run(ValueError("x")) == 1
+    assert run(KeyboardInterrupt()) == 130
+
+
+def test_the_users_error_is_words_alone(capsys):
+    run(InputError("pattern [5:4] is wrong"))
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: pattern [5:4] is wrong\n")
+
+
+def test_our_bug_says_so_and_how_to_get_the_traceback(capsys):
+    run(RuntimeError("mask lost"))
+    err = capsys.readouterr().err
+    assert err.startswith("bug: RuntimeError: mask lost\n")
+    assert "--debug" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", [InputError("given"), RuntimeError("ours")])
+def test_debug_shows_the_traceback(capsys, error):
+    run(error, debug=True)
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert str(error) in err
+
+
+def test_with_json_the_error_is_a_document_too(capsys):
+    run(InputError("given"), json=True)
+    assert json.loads(capsys.readouterr().out) == {"error": {"kind": "input", "message": "given"}}
+    run(RuntimeError("ours"), json=True)
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "bug"
+
+
+def test_an_interrupt_tells_how_to_go_on_only_where_one_can(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/nmprune", "prune", "my model"])
+    run(KeyboardInterrupt(), resumable=True)
+    assert "  nmprune prune 'my model'\n" in capsys.readouterr().err
+    run(KeyboardInterrupt())
+    assert capsys.readouterr().err == "interrupted.\n"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -c 'from nmprune.cli import main; main()' list --json | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() in ("0", "141")
+    assert done.stderr == ""
+
+
+def test_a_bug_inside_a_command(call, base, monkeypatch):
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("nmprune.run.inspect.inspect", broken)
+    result = call("inspect", base)
+    assert result.exit_code == 1
+    assert "bug: ZeroDivisionError: division by zero" in result.stderr
+    assert "Traceback" in call("inspect", base, "--debug").stderr

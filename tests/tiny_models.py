@@ -23,6 +23,14 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 _MOE: dict[str, Any] = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 48,
@@ -42,6 +50,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "gemma3": ("gemma3", {}),
+    "ministral": ("ministral", {"head_dim": 8, "sliding_window": 8}),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 8}),
+    "granite": ("granite", {}),
+    "smollm3": ("smollm3", {}),
+    "stablelm": ("stablelm", {"use_parallel_residual": True}),
+    "cohere": ("cohere", {}),
+    "cohere2": ("cohere2", {"head_dim": 8, "sliding_window": 8}),
     "phi3": ("phi3", {}),
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "opt_projected": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
@@ -61,7 +79,11 @@ def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **cha
     shape = dict(_SHAPE)
     if model_type == "gpt2":
         shape = {k: v for k, v in shape.items() if k not in ("hidden_size", "intermediate_size", "num_hidden_layers")}
-    config = CONFIG_MAPPING[model_type](**{**shape, **extra, **changes})
+    if model_type == "gemma3":
+        text = {**shape, **CONFIGS["gemma3_text"][1], **changes}
+        config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=_VISION)
+    else:
+        config = CONFIG_MAPPING[model_type](**{**shape, **extra, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():

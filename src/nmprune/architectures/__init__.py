@@ -7,7 +7,7 @@ from nmprune.architectures.gpt2 import GPT2
 from nmprune.architectures.gpt_neox import GPT_NEOX
 from nmprune.architectures.gpt_oss import GPT_OSS
 from nmprune.architectures.linears import DenseLinear, Linear, ModuleLinear, View, linears_of_layer
-from nmprune.architectures.llama import LLAMA
+from nmprune.architectures.llama import GEMMA3, LLAMA
 from nmprune.architectures.mixtral import MIXTRAL
 from nmprune.architectures.opt import OPT
 from nmprune.architectures.phi3 import PHI3
@@ -16,7 +16,7 @@ from nmprune.errors import InputError, near_matches
 
 FAMILIES: dict[str, Family] = {
     model_type: family
-    for family in (LLAMA, PHI3, OPT, GPT_NEOX, GPT2, MIXTRAL, QWEN_MOE, GPT_OSS)
+    for family in (LLAMA, GEMMA3, PHI3, OPT, GPT_NEOX, GPT2, MIXTRAL, QWEN_MOE, GPT_OSS)
     for model_type in family.model_types
 }
 

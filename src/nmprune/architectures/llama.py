@@ -1,9 +1,32 @@
-"""Llama and the families that name their linears as it does."""
+"""Llama and the families that name their linears as it does; Gemma 3 with its vision tower, which stays dense."""
 
 from nmprune.architectures.base import GATED_MLP, QKV_O, Family
 
 LLAMA = Family(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+    model_types=(
+        "llama",
+        "mistral",
+        "ministral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "granite",
+        "smollm3",
+        "stablelm",
+        "cohere",
+        "cohere2",
+    ),
     layers="model.layers",
+    shared_inputs=QKV_O + GATED_MLP,
+)
+
+GEMMA3 = Family(
+    model_types=("gemma3",),
+    layers="model.language_model.layers",
     shared_inputs=QKV_O + GATED_MLP,
 )

@@ -164,6 +164,14 @@ class _Sizes:
         needs = self.recipe.method.needs
         return (4 * width * width if "input_gram" in needs else 0) + (8 * width if "input_sq_norm" in needs else 0)
 
+    def _observed(self, selection: LayerSelection) -> list[tuple[int, float]]:
+        """(in_features, share of the tokens that it sees) of every shared input; an expert sees those routed to it."""
+        config = self.model.config.get_text_config()
+        experts = {one.in_module.expert for one in selection.prune if one.in_module.expert is not None}
+        share = getattr(config, "num_experts_per_tok", 1) / max(len(experts), 1)
+        inputs = {one.shared_input: one for one in selection.prune}
+        return [(one.shape[1], 1.0 if one.in_module.expert is None else share) for one in inputs.values()]
+
     def _results(self, linears: Sequence[Linear]) -> int:
         per_weight = 1 + (self.stored_size if self.recipe.method.updates_weights else 0)
         return per_weight * sum(math.prod(one.shape) for one in linears)
@@ -193,10 +201,13 @@ class _Sizes:
             if self.calibrated:
                 passes = self.passes / self.model.n_layers
                 seconds["forward"] += passes * n_batches * rates.layer_seconds[signature(self.model.layers[index])]
-                widths = {one.shared_input: one.shape[1] for one in selection.prune if one.in_module.expert is None}
-                for width in widths.values():
-                    seconds["statistics"] += n_batches * rates.statistics_seconds[width]
-            seconds["solve"] += sum(rates.solver_seconds[one.shape] for one in selection.prune)
+                for width, share in self._observed(selection):
+                    seconds["statistics"] += n_batches * share * rates.statistics_seconds[width]
+            seen: set[str] = set()
+            for one in selection.prune:
+                seconds["solve"] += rates.solver_seconds[one.shape][one.shared_input in seen]
+                seconds["measure"] += rates.measure_seconds[one.shape]
+                seen.add(one.shared_input)
         stored = self.parameters * self.stored_size
         seconds["read"] = 2 * stored * rates.read_seconds
         seconds["write"] = sum(self.disk().values()) * rates.write_seconds

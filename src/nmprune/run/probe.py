@@ -8,18 +8,19 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nmprune.methods import PerLinear
+from nmprune.methods import PerLinear, Pruned
 from nmprune.pattern import Pattern
-from nmprune.stats import StatsAccumulator
-from nmprune.stream import DecoderModel
+from nmprune.stats import InputStats, StatsAccumulator
+from nmprune.stream import DecoderModel, LinearDone
 from nmprune.stream.calls import LayerCalls
 from nmprune.stream.experts import observable_experts
+from nmprune.stream.per_linear import output_error
 
 _REPEATS = 3
 _LARGEST_PROBED_INPUT = 4096  # a wider linear's solver is extrapolated by its operation count
@@ -34,14 +35,17 @@ class Rates:
     Attributes:
         layer_seconds: decoder layer signature -> one forward of a full batch.
         statistics_seconds: in_features -> one batch added to the statistics.
-        solver_seconds: (out, in) -> one linear solved.
+        solver_seconds: (out, in) -> one linear solved: the first of a shared input, and a later one, which finds what the
+            first computed from the statistics.
+        measure_seconds: (out, in) -> its output error measured.
         write_seconds: per byte, to write, flush, read back and check.
         read_seconds: per byte.
     """
 
     layer_seconds: dict[tuple[tuple[int, ...], ...], float]
     statistics_seconds: dict[int, float]
-    solver_seconds: dict[tuple[int, int], float]
+    solver_seconds: dict[tuple[int, int], tuple[float, float]]
+    measure_seconds: dict[tuple[int, int], float]
     write_seconds: float
     read_seconds: float
 
@@ -77,8 +81,14 @@ def measure(model: DecoderModel, method: PerLinear, pattern: Pattern, batch: tup
         width: _statistics(method, torch.randn(tokens, width, generator=generator).to(model.device))
         for width in (widths if method.needs else ())
     }
-    solver_seconds = {shape: _solver(method, pattern, shape, model.device, generator) for shape in shapes}
-    return Rates(layer_seconds, statistics_seconds, solver_seconds, *_disk(disk))
+    solvers = {shape: _Solver(method, pattern, shape, model.device, generator) for shape in shapes}
+    return Rates(
+        layer_seconds,
+        statistics_seconds,
+        {shape: solver.solve() for shape, solver in solvers.items()},
+        {shape: solver.measure() for shape, solver in solvers.items()},
+        *_disk(disk),
+    )
 
 
 def random_calls(model: DecoderModel, batch: tuple[int, int]) -> LayerCalls:
@@ -110,17 +120,38 @@ def _statistics(method: PerLinear, inputs: Tensor) -> float:
     return _median(lambda: sums.add(inputs), inputs.device)
 
 
-def _solver(
-    method: PerLinear, pattern: Pattern, shape: tuple[int, int], device: torch.device, generator: torch.Generator
-) -> float:
-    out_features = min(shape[0], _LARGEST_PROBED_OUTPUT)
-    in_features = min(shape[1], _LARGEST_PROBED_INPUT // pattern.group * pattern.group)
-    weight = torch.randn(out_features, in_features, generator=generator).to(device)
-    sums = StatsAccumulator(in_features, method.needs, device)
-    sums.add(torch.randn(max(64, in_features // 8), in_features, generator=generator).to(device))
-    stats = sums.result()
-    seconds = _median(lambda: method.prune(weight, stats, pattern), device)
-    return seconds * method.solver_flops(*shape) / method.solver_flops(out_features, in_features)
+class _Solver:
+    """One linear of the shape (or of as much of it as is affordable) with random weights and inputs."""
+
+    def __init__(
+        self,
+        method: PerLinear,
+        pattern: Pattern,
+        shape: tuple[int, int],
+        device: torch.device,
+        generator: torch.Generator,
+    ) -> None:
+        self._method, self._pattern, self._device = method, pattern, device
+        out_features = min(shape[0], _LARGEST_PROBED_OUTPUT)
+        in_features = min(shape[1], _LARGEST_PROBED_INPUT // pattern.group * pattern.group)
+        self._scale = method.solver_flops(*shape) / method.solver_flops(out_features, in_features)
+        self._weight = torch.randn(out_features, in_features, generator=generator).to(device)
+        sums = StatsAccumulator(in_features, method.needs, device)
+        sums.add(torch.randn(max(64, in_features // 8), in_features, generator=generator).to(device))
+        self._stats = sums.result()
+
+    def solve(self) -> tuple[float, float]:
+        """Seconds with fresh statistics, and with what was derived from them at hand."""
+        first = _median(lambda: self._prune(replace(self._stats)), self._device)
+        return first * self._scale, _median(lambda: self._prune(self._stats), self._device) * self._scale
+
+    def _prune(self, stats: InputStats) -> Pruned:
+        return self._method.prune(self._weight, stats, self._pattern)
+
+    def measure(self) -> float:
+        """Seconds to measure the output error."""
+        done = LinearDone("", "", "", self._prune(self._stats), 0, 0.0)
+        return _median(lambda: output_error(self._weight, done, self._stats), self._device) * self._scale
 
 
 def _disk(folder: Path) -> tuple[float, float]:

@@ -84,12 +84,17 @@ def token_windows(folder: Path, source: str, n_sequences: int, seq_len: int, see
         vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(vocabulary, (n_sequences, seq_len), generator=generator), "random token ids"
-    find_data()
-    if source == "auto":
-        sample = Path(os.environ.get("NMPRUNE_DATA", "/nonexistent"), "calibration", "c4_sample.jsonl")
-        source = "c4" if sample.is_file() else "builtin"
-    text = load_text(source, "calibration")
+    text = load_text(text_source(source), "calibration")
     return random_windows(text, load_tokenizer(folder), n_sequences, seq_len, seed), f"{text.name}, {text.split}"
+
+
+def text_source(given: str) -> str:
+    """The text source that a --calibration flag means here."""
+    find_data()
+    if given != "auto":
+        return given
+    sample = Path(os.environ.get("NMPRUNE_DATA", "/nonexistent"), "calibration", "c4_sample.jsonl")
+    return "c4" if sample.is_file() else "builtin"
 
 
 def save_windows(windows: Tensor, origin: str, folder: Path) -> Path:

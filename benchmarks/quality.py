@@ -20,6 +20,7 @@ from measurement import (
     parser,
     run_child,
     save_windows,
+    text_source,
     token_windows,
 )
 from torch import Tensor
@@ -41,14 +42,16 @@ def main() -> None:
     find_data()
     ledger = Ledger("quality", arguments)
     texts = {name: evaluation_windows(arguments, name) for name in arguments.texts}
-    size = {"windows": arguments.max_windows, "seq_len": arguments.seq_len}
+    on = " ".join(sorted(texts))
+    size = {"windows": arguments.max_windows, "seq_len": arguments.seq_len, "texts": on}
+    calibration = text_source(arguments.calibration)
     with tempfile.TemporaryDirectory(prefix="nmprune-quality-", dir=arguments.folder) as place:
         key = {"model": arguments.model, "method": "dense", **size}
         ledger.row(key, lambda: perplexities(locate(arguments.model), texts))
         for method in arguments.methods:
             for seed in arguments.seeds:
                 key = {"model": arguments.model, "method": method, "pattern": arguments.pattern}
-                key |= {"n_sequences": arguments.n_sequences, "seed": seed, **size}
+                key |= {"calibration": calibration, "n_sequences": arguments.n_sequences, "seed": seed, **size}
                 ledger.row(key, partial(measure, Path(place), key, arguments, texts))
     show(ledger)
 
@@ -86,7 +89,7 @@ def measure(
 ) -> dict[str, Any]:
     """Prune in a fresh process, evaluate, delete."""
     model = locate(arguments.model)
-    windows, origin = token_windows(model, arguments.calibration, key["n_sequences"], key["seq_len"], key["seed"])
+    windows, origin = token_windows(model, key["calibration"], key["n_sequences"], key["seq_len"], key["seed"])
     tokens = save_windows(windows, origin, place / f"tokens-{key['seed']}")
     run = place / "run"
     words = ["--model", model, "--method", key["method"], "--pattern", key["pattern"], "--tokens", tokens, "--out", run]
@@ -127,7 +130,7 @@ def cells(row: dict[str, Any], names: list[str]) -> list[str]:
     if key["method"] == "dense":
         return ["dense", "", "", "", *shown, "0.0%", "", "", ""]
     run = values["run"]
-    calibration = f"{key['n_sequences']} x {key['seq_len']}"
+    calibration = f"{key['calibration']}, {key['n_sequences']} x {key['seq_len']}"
     numbers = [f"{run['global_sparsity']:.1%}", f"{run['run_seconds']:,.0f}", f"{run['phases'].get('solve', 0):,.1f}"]
     return [
         key["method"],

@@ -59,6 +59,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {}),
     "stablelm": ("stablelm", {"use_parallel_residual": True}),
     "cohere": ("cohere", {}),
+    "cohere_command_r_plus": ("cohere", {"use_qk_norm": True}),
     "cohere2": ("cohere2", {"head_dim": 8, "sliding_window": 8}),
     "phi3": ("phi3", {}),
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),

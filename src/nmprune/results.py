@@ -24,7 +24,7 @@ class LinearResult:
         tensor: the checkpoint tensor that holds it.
         shape: [out, in].
         density: share of weights kept, 0..1.
-        n_tokens: calibration tokens it saw; 0 for methods without calibration and for layers taken over at a resume.
+        n_tokens: calibration tokens it saw; 0 for methods without calibration.
         seconds: time in the method.
         output_error: ||X (W' - W)^T||^2 / ||X W^T||^2 on the calibration tokens; null where no Gram matrix was collected.
         notes: what the method recorded (damping steps, a fallback).
@@ -73,7 +73,7 @@ class Results:
         peak_memory: bytes, peak RSS less the RSS after imports, of the last session; null where the process had used more
             before the run.
         device_peak_memory: bytes on the accelerator; null on a CPU.
-        machine: processor, threads, device, versions.
+        machine: processor, cores, threads, memory (bytes), device, dtype (of the forward passes), versions.
         linears: pruned linears in order.
         dense: linears that stayed dense.
     """

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 
 from nmprune.cli.guard import guarded
@@ -65,6 +66,37 @@ def test_an_interrupt_tells_how_to_go_on_only_where_one_can(capsys, monkeypatch)
     assert "  nmprune prune 'my model'\n" in capsys.readouterr().err
     run(KeyboardInterrupt())
     assert capsys.readouterr().err == "interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_the_users_to_put_right(error, capsys):
+    assert run(error) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: too little memory: ") and "GPU 0" not in err
+    for way_out in ("--set stream.batch_size=1", "--n-sequences, --seq-len", "--device cpu", "`nmprune plan`"):
+        assert way_out in err
+
+
+def test_the_allocators_own_words_are_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert run(caught.value) == 2
+
+
+def test_an_error_does_not_import_torch():
+    code = (
+        "import sys, typer\nfrom nmprune.cli.guard import guarded\ndef broken(): raise RuntimeError('x')\n"
+        "try: guarded(broken)()\nexcept typer.Exit as done: print(done.exit_code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 False\n"
 
 
 def test_a_reader_that_goes_away_is_no_error():

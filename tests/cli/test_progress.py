@@ -70,6 +70,12 @@ def test_what_another_stage_is_called():
     with shown:
         shown.show(Progress("dense", 1, 4))
         shown.show(Progress("verify", 1, 4))
-        shown.show(Progress("strange", 1, 4))
+        shown.show(Progress("measure", 1, 4))
+        shown.show(Progress("strange", 1, 4))  # type: ignore[arg-type]
         assert shown._bars is not None
-        assert [task.description for task in shown._bars.tasks] == ["dense model", "comparing tensors", "strange"]
+        assert [task.description for task in shown._bars.tasks] == [
+            "dense model",
+            "comparing tensors",
+            "measuring",
+            "strange",
+        ]

@@ -130,3 +130,11 @@ def test_a_mask_keeps_exactly_two_of_four_along_the_inputs():
     assert masks.n_wrong_groups(mask.transpose(1, 2), PATTERN) == 0
     weight = model.model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
     assert torch.equal(weight == 0, ~mask)
+
+
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+def test_a_plan_from_the_config_names_what_the_checkpoint_holds(name, tmp_path):
+    folder = tiny_models.save(name, tmp_path / "model")
+    planned, streamed = DecoderModel.from_config(folder), DecoderModel.open(folder)
+    for index in range(streamed.n_layers):
+        assert planned.linears(index) == streamed.linears(index)

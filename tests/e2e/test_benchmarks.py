@@ -89,6 +89,27 @@ def test_depth_memory(bench):
     assert f"{(max(peaks) - min(peaks)) / min(peaks):.1%}" in markdown
 
 
+def test_quality(bench, model_folder):
+    settings = ["--model", model_folder, "--methods", "wanda", "--n-sequences", 2, "--seq-len", 16, "--max-windows", 2]
+    rows, markdown, _ = bench("quality", *settings, "--texts", "builtin", "--calibration", "builtin")
+    check_origin(rows, markdown)
+    dense, pruned = rows
+    assert (dense["key"]["method"], pruned["key"]["method"]) == ("dense", "wanda")
+    assert dense["key"]["texts"] == pruned["key"]["texts"] == "builtin" and pruned["key"]["calibration"] == "builtin"
+    values = [row["values"]["perplexity"]["builtin"]["value"] for row in rows]
+    assert values[0] != values[1] and min(values) > 1
+    assert all(f"{value:,.1f}" in markdown for value in values)
+    assert "builtin, 2 x 16" in markdown and f"{pruned['values']['run']['global_sparsity']:.1%}" in markdown
+
+    # another calibration is another pruned row beside the same dense one; other texts are other rows throughout
+    more, _, printed = bench("quality", *settings, "--texts", "builtin", "--calibration", "random")
+    assert printed.count("kept:") == 1 and len(more) == 3 and more[:2] == rows
+    text = model_folder.parent / "text.txt"
+    text.write_text("Some words of another text. " * 8)
+    more, _, printed = bench("quality", *settings, "--texts", text, "--calibration", "builtin")
+    assert "kept:" not in printed and len(more) == 5
+
+
 def test_random_llama_is_one_shard_per_layer(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import random_llama

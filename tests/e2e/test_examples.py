@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import nmprune
 import tiny_models
+from nmprune.run.compare import compare_masks
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 EXECUTED_HERE = {"prune_a_folder.py", "bring_your_own_loop.py", "prune_in_memory.py"}
@@ -48,6 +51,18 @@ def test_prune_a_folder(model_folder, tmp_path, capsys):
     assert torch.equal((weight.view(-1, 4) != 0).sum(1), torch.full((weight.numel() // 4,), 2))
     printed = capsys.readouterr().out
     assert "12 linears pruned" in printed and f"{out}/model" in printed
+
+
+def test_masks_are_written_as_an_npz_as_the_page_says(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    windows = torch.arange(32).reshape(2, 16)
+    nmprune.prune(str(model_folder), "wanda", "2:4", windows, Path("runs/x"))
+    page = (EXAMPLES.parent / "docs" / "formats.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(example, {})
+    found = compare_masks(Path("masks.npz"), Path("runs/x"))
+    assert len(found.tensors) == 14 and found.total.n_groups_differ == 0
+    assert not found.only_in_a and not found.only_in_b
 
 
 def test_bring_your_own_loop(capsys):

@@ -6,7 +6,7 @@ from nmprune.architectures.base import Experts, Family
 from nmprune.architectures.gpt2 import GPT2
 from nmprune.architectures.gpt_neox import GPT_NEOX
 from nmprune.architectures.gpt_oss import GPT_OSS
-from nmprune.architectures.linears import DenseLinear, Linear, ModuleLinear, View, linears_of_layer
+from nmprune.architectures.linears import DenseLinear, Linear, ModuleLinear, View, linears_of_layer, starred
 from nmprune.architectures.llama import GEMMA3, LLAMA
 from nmprune.architectures.mixtral import MIXTRAL
 from nmprune.architectures.opt import OPT
@@ -45,4 +45,5 @@ __all__ = [
     "View",
     "find_family",
     "linears_of_layer",
+    "starred",
 ]

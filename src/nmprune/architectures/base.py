@@ -32,7 +32,7 @@ class Family:
             a layer does not have (a dense layer among expert layers) is passed over.
         transposed: linears are stored (in, out), as GPT-2's Conv1D.
         experts: 3-D experts, where the family has them.
-        dense: roles that are never pruned -> the reason that reports show.
+        dense: roles that are never pruned -> the reason that reports show. A role whose weight is a vector is passed over.
     """
 
     model_types: tuple[str, ...]

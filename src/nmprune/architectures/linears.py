@@ -95,6 +95,11 @@ class ModuleLinear:
     module: str
 
 
+def starred(name: str) -> str:
+    """A name with layer and expert numbers as "*": "model.layers.3.mlp.up_proj" -> "model.layers.*.mlp.up_proj"."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def linears_of_layer(layer: nn.Module, family: Family) -> tuple[list[ModuleLinear], dict[str, str]]:
     """Every prunable linear of a decoder layer in order of execution, and the roles that stay dense with their reasons.
 
@@ -107,10 +112,10 @@ def linears_of_layer(layer: nn.Module, family: Family) -> tuple[list[ModuleLinea
     parameters = dict(layer.named_parameters())
     found = [*_plain(parameters, family), *_experts(parameters, family)]
     known = {linear.parameter for linear in found}
-    dense = {role: reason for role, reason in family.dense.items() if f"{role}.weight" in parameters}
-    for name, parameter in parameters.items():
-        is_matrix = parameter.dim() >= 2 and not name.endswith("bias")
-        if is_matrix and name not in known and name.removesuffix(".weight") not in dense:
+    matrices = {name: one for name, one in parameters.items() if one.dim() >= 2 and not name.endswith("bias")}
+    dense = {role: reason for role, reason in family.dense.items() if f"{role}.weight" in matrices}
+    for name, parameter in matrices.items():
+        if name not in known and name.removesuffix(".weight") not in dense:
             raise InputError(
                 f"{name} of shape {tuple(parameter.shape)} is not in the table of model_type "
                 f"{'/'.join(family.model_types)} (src/nmprune/architectures). This variant stores weights that nmprune "

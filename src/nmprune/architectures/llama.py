@@ -23,6 +23,8 @@ LLAMA = Family(
     ),
     layers="model.layers",
     shared_inputs=QKV_O + GATED_MLP,
+    # Command R+ has a row of scales per attention head: a matrix in shape, but multiplied value by value
+    dense={"self_attn.q_norm": "norm, not a linear", "self_attn.k_norm": "norm, not a linear"},
 )
 
 GEMMA3 = Family(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +56,29 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def ordinary_mode(folder: Path) -> int:
+    """The mode that a new file gets here, 0666 less the umask; asked by making one, as the umask is told only to who sets it."""
+    probe = folder / f".mode-{secrets.token_hex(4)}"
+    try:
+        probe.touch(0o666, exist_ok=False)
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def finish_folder(folder: Path) -> None:
+    """Give the files of a new folder the mode of ordinary files and wait until they are on the disk.
+
+    For folders that other libraries filled: safetensors makes files that nobody but their owner may read.
+    """
+    mode = ordinary_mode(folder)
+    for file in sorted(entry for entry in folder.iterdir() if entry.is_file()):
+        file.chmod(mode)
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    flush_folder(folder)
 
 
 @contextmanager

@@ -5,13 +5,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
+from nmprune.checkpoint.durable import finish_folder, flush_folder
 from nmprune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _MAGIC = b"GGUF"
 
@@ -37,35 +44,65 @@ def dequantise_gguf(file: Path, cache: Path | None = None) -> Path:
         InputError: the file is absent, no GGUF, truncated, of an architecture that transformers cannot read, or the
             cache cannot be written.
     """
-    _check_magic(file)
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    home = cache_folder() if cache is None else cache
-    folder = home / f"{file.stem}-{sha256[:12]}"
-    if folder.is_dir():
-        return folder
-    _check_whole(file)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=home))
-    except OSError as error:
-        raise _cannot_write(home, error) from error
-    try:
-        _convert(file, temporary)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except OSError as error:
-        # Another process may have finished the same file in the meantime; its folder is as good as ours.
-        if not (error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir()):
-            raise _cannot_write(home, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    folder = _folder_of(file, cache)
+    if not folder.is_dir():
+        _check_whole(file)
+        _publish(folder, lambda place: _convert(file, place))
     return folder
 
 
-def _cannot_write(home: Path, error: OSError) -> InputError:
+def gguf_config(file: Path, cache: Path | None = None) -> Path:
+    """A folder with the config.json of a GGUF model, made from the file's header: no weight is dequantised.
+
+    Where the model is dequantised already that is its folder; else a small one beside it, `<name>-<sha256>.config`.
+
+    Args:
+        file: a .gguf file.
+        cache: as for `dequantise_gguf`.
+
+    Raises:
+        InputError: the file is absent, no GGUF, of an architecture that transformers cannot read, or the cache cannot be
+            written.
+    """
+    whole = _folder_of(file, cache)
+    if whole.is_dir():
+        return whole
+    folder = whole.with_name(whole.name + ".config")
+    if not folder.is_dir():
+        _publish(folder, lambda place: _write_config(file, place))
+    return folder
+
+
+def _folder_of(file: Path, cache: Path | None) -> Path:
+    """Where the dequantised model of this very file lies or will lie."""
+    _check_magic(file)
+    with file.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return (cache_folder() if cache is None else cache) / f"{file.stem}-{sha256[:12]}"
+
+
+def _publish(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Have a new folder filled under another name, flush it and give it the name `folder`."""
+    home = folder.parent
+    temporary = home / f".{folder.name}-{secrets.token_hex(4)}"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        fill(temporary)
+        finish_folder(temporary)
+        temporary.rename(folder)
+        flush_folder(home)
+    except (OSError, SafetensorError) as error:
+        # Another process may have finished the same file in the meantime; its folder is as good as ours.
+        if not (getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir()):
+            raise _cannot_write(home, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _cannot_write(home: Path, error: Exception) -> InputError:
     return InputError(
-        f"{home}: the dequantised GGUF model cannot be kept here ({error.strerror or error}). "
+        f"{home}: the dequantised GGUF model cannot be kept here ({getattr(error, 'strerror', None) or error}). "
         "Free some space, or set NMPRUNE_CACHE to a folder with room for all weights in fp32."
     )
 
@@ -97,6 +134,25 @@ def _check_whole(file: Path) -> None:
         ) from error
 
 
+def _write_config(file: Path, folder: Path) -> None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:  # the reader of a damaged file raises whatever its parser met
+        raise InputError(
+            f"{file}: transformers cannot read this GGUF model ({type(error).__name__}: {error}). Download it again, "
+            "or give the original HF folder."
+        ) from error
+    _plain(config).save_pretrained(folder)
+
+
+def _plain(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the model once it is dequantised."""
+    settings = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+    return type(config).from_dict(settings | {"dtype": "float32"})
+
+
 def _convert(file: Path, folder: Path) -> None:
     """Dequantise `file` into `folder`."""
     import transformers
@@ -126,7 +182,6 @@ def _convert(file: Path, folder: Path) -> None:
         )
     # The model remembers where it came from and would refuse to be saved; what is saved here is plain fp32.
     model.hf_quantizer = None
-    settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    model.config = type(model.config).from_dict(settings | {"dtype": "float32"})
+    model.config = _plain(model.config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

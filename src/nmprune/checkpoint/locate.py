@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nmprune.checkpoint.gguf import dequantise_gguf
+from nmprune.checkpoint.gguf import dequantise_gguf, gguf_config
 from nmprune.checkpoint.reader import CONFIG_FILE, Checkpoint
 from nmprune.errors import InputError
 
@@ -29,6 +29,8 @@ _WANTED = [
     "LICENSE*",
     "NOTICE*",
 ]
+# Not the index: beside shards that are not fetched it would look like a damaged model.
+_WANTED_OF_CONFIG = [CONFIG_FILE, "generation_config.json", "*.py"]
 # Subfolders hold other formats of the same weights, and so does Mistral's consolidated file.
 _UNWANTED = ["*/*", "consolidated*"]
 
@@ -95,9 +97,13 @@ def _from_hub(model: str) -> Path:
             f"{model}: the hub's copy holds no safetensors at its top level ({fetched}). Pickled weights are never "
             "read: convert them where you trust them, or choose a model that has safetensors."
         )
-    raise InputError(
+    raise _not_given(model, fetched)
+
+
+def _not_given(model: str, why: str) -> InputError:
+    return InputError(
         f"{model}: no such folder here, not complete in the Hugging Face cache, and the hub did not give it "
-        f"({fetched}). Check the spelling; offline, copy the model's folder to this machine and give its path; "
+        f"({why}). Check the spelling; offline, copy the model's folder to this machine and give its path; "
         "for a gated model accept its licence on the hub and run `hf auth login`."
     )
 
@@ -124,15 +130,25 @@ def _is_complete(folder: Path) -> bool:
 
 
 def locate_config(model: str) -> Path:
-    """A local folder that holds at least the model's config.json: what a plan needs, without fetching weights.
+    """A local folder that holds at least the model's config.json: what a plan needs, without fetching or making weights.
 
     Raises:
         InputError: as `locate`.
     """
-    if Path(model).expanduser().exists() or model == DEMO_MODEL or not _HUB_ID.fullmatch(model):
+    path = Path(model).expanduser()
+    if model == DEMO_MODEL:
+        return gguf_config(_demo_file())
+    if path.suffix == ".gguf" and not path.is_dir():
+        return gguf_config(path)
+    if path.exists() or not _HUB_ID.fullmatch(model):
         return locate(model)
+    found: Path | str = ""
     for offline in (True, False):
-        found = _snapshot(model, local_files_only=offline, wanted=["*.json", "*.py"])
+        found = _snapshot(model, local_files_only=offline, wanted=_WANTED_OF_CONFIG)
         if isinstance(found, Path) and (found / CONFIG_FILE).is_file():
             return found
-    return _from_hub(model)
+    if isinstance(found, Path):
+        raise InputError(
+            f"{model}: the hub's copy has no {CONFIG_FILE} ({found}). Choose a model in Hugging Face's form."
+        )
+    raise _not_given(model, found)

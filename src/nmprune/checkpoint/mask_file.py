@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -127,18 +127,19 @@ class TensorMask:
         ends = [0, *(end for span in self.dense_rows for end in span), self.n_rows]
         if any(a > b for a, b in pairwise(ends)) or any(start == stop for start, stop in self.dense_rows):
             raise InputError(f"dense_rows {self.dense_rows}: expected sorted, disjoint ranges within 0..{self.n_rows}.")
-        n_bytes = -(-math.prod(self.shape) // 8)
-        if self.packed.dtype != torch.uint8 or tuple(self.packed.shape) != (n_bytes,):
+        packed = self.packed
+        if packed.dtype != torch.uint8 or tuple(packed.shape) != (self.n_bytes,):
             raise InputError(
-                f"{self.packed.numel()} values of {self.packed.dtype}, shape {self.shape} needs {n_bytes} packed "
+                f"{packed.numel()} values of {packed.dtype}, shape {self.shape} needs {self.n_bytes} packed "
                 "bytes: the masks belong to another model or are damaged."
             )
 
     def check(self, name: str) -> None:
         """Raise InputError, naming the tensor, unless the mask is well formed and every group is legal."""
         try:
-            self.check_structure()
-            wrong = self.n_wrong_groups()
+            in_memory = replace(self, bits=self.packed)  # read once for both
+            in_memory.check_structure()
+            wrong = in_memory.n_wrong_groups()
             if wrong:
                 raise InputError(
                     f"{wrong} of {self.n_rows * self.in_features // self.pattern.group} groups along axis "

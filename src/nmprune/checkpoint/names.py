@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 from nmprune.architectures.linears import View
@@ -38,6 +39,12 @@ class Piece:
 
     tensor: str
     region: View | None = None
+
+
+def shapes_on_disk(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape as a checkpoint of this model would hold them: for a model of which only the config is here."""
+    # the same mapping backwards; on meta tensors its operations move nothing
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
 
 
 class NameMap:
@@ -59,6 +66,7 @@ class NameMap:
         self.pieces: dict[str, tuple[Piece, ...]] = {}
         self.unused: tuple[str, ...] = ()
         self._map()
+        self._give_tied_sources_a_piece()
         self._check_complete()
 
     def _map(self) -> None:
@@ -137,10 +145,15 @@ class NameMap:
             raise ValueError(f"{tensor} {tuple(self._shapes[tensor])} meets a place of shape {place}")
         return Piece(tensor, region)
 
+    def _give_tied_sources_a_piece(self) -> None:
+        """A file may hold a tied weight under its partner's name alone, such as the head's and not the embedding's."""
+        for target, source in self._model.all_tied_weights_keys.items():
+            if source not in self.pieces and target in self.pieces:
+                self.pieces[source] = self.pieces[target]
+
     def _check_complete(self) -> None:
         tied = self._model.all_tied_weights_keys
-        partners = {**tied, **{source: target for target, source in tied.items()}}
-        missing = [key for key in self._state if key not in self.pieces and partners.get(key) not in self.pieces]
+        missing = [key for key in self._state if key not in self.pieces and tied.get(key) not in self.pieces]
         if missing:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             raise InputError(

@@ -54,11 +54,32 @@ def guarded(command: Callable[..., int | None], resumable: bool = False) -> Call
         except typer.Exit:
             raise
         except Exception as error:
-            words = f"{type(error).__name__}: {error}".rstrip(": ")
-            code = _told(output, "bug", words, BUG, debug)
+            if _out_of_memory(error):
+                code = _told(output, "input", _memory_words(error), INPUT, debug)
+            else:
+                words = f"{type(error).__name__}: {error}".rstrip(": ")
+                code = _told(output, "bug", words, BUG, debug)
         raise typer.Exit(code)
 
     return run
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had too little memory; torch is looked at only where a command has imported it."""
+    kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    if isinstance(error, (MemoryError, kind)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text and "allocate memory" in text
+
+
+def _memory_words(error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"too little memory: {reason}\nWays out: --set stream.batch_size=1 (evaluate: --batch-size 1); fewer or shorter "
+        "sequences (--n-sequences, --seq-len); --device cpu where an accelerator was full. `nmprune plan` says what a run "
+        "needs before it starts. A run that was begun with other settings wants another --out folder."
+    )
 
 
 def _told(output: Output, kind: str, message: str, code: int, debug: bool) -> int:

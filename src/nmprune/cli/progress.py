@@ -20,6 +20,7 @@ _LABELS = {
     "verify": "comparing tensors",
     "dense": "dense model",
     "pruned": "pruned model",
+    "measure": "measuring",
 }
 _IN_BYTES = ("model", "verify")
 

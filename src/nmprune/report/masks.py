@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from nmprune.architectures import starred
 from nmprune.checkpoint import MaskDiff, MaskFile, TensorDiff, TensorMask
 from nmprune.report.layout import Table, facts
 
@@ -13,7 +14,7 @@ def role_of(tensor: str) -> str:
     """A tensor's place in its decoder layer: "model.layers.3.mlp.up_proj.weight" -> "mlp.up_proj"."""
     parts = tensor.removesuffix(".weight").split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join("*" if part.isdigit() else part for part in parts[first + 1 :])
+    return starred(".".join(parts[first + 1 :]))
 
 
 def diff_tables(a: str, b: str, diff: MaskDiff) -> list[Table]:
@@ -79,6 +80,5 @@ def _named(names: Iterable[str]) -> list[tuple[str, str]]:
     """Names with layer and expert numbers as "*", and how many of each."""
     counts: dict[str, int] = {}
     for name in names:
-        starred = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        counts[starred] = counts.get(starred, 0) + 1
+        counts[starred(name)] = counts.get(starred(name), 0) + 1
     return [(name, f"{count:,}") for name, count in counts.items()]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nmprune.calibration import from_token_ids
 from nmprune.checkpoint import Checkpoint, as_integers
+from nmprune.checkpoint.durable import finish_folder, flush_folder
 from nmprune.checkpoint.names import NameMap
 from nmprune.errors import InputError
 from nmprune.methods import PerLinear, create
@@ -168,7 +169,9 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        finish_folder(partial)
         partial.rename(base)
+        flush_folder(base.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise InputError(
@@ -202,6 +205,23 @@ def _prune_in_memory(
     if recipe.dtype != "auto":
         raise InputError(f"dtype is {recipe.dtype!r}; a model in memory keeps its own, so say model.to(dtype) instead.")
     was_training = model.training
+    try:
+        result = _prune_in_place(model, recipe, machine, token_ids, tokenizer, report)
+    finally:
+        model.train(was_training)
+    report(Progress("done", 1, 1, "finished: the model is pruned in place"))
+    return result
+
+
+def _prune_in_place(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    machine: Machine,
+    token_ids: Tensor | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: Report,
+) -> PruneResult:
+    """The walk itself; it leaves the model in evaluation mode."""
     machine.set_threads()
     decoder = DecoderModel.from_model(model, allow_sparse=recipe.allow_sparse)
     if machine.device != "auto" and machine.resolve().type != decoder.device.type:
@@ -215,17 +235,11 @@ def _prune_in_memory(
     options = StreamOptions(**asdict(recipe.stream), hidden_budget=machine.hidden_budget)
     masks: dict[str, Tensor] = {}
     linears: list[LinearResult] = []
-    try:
-        walk = prune_layers(
-            decoder, windows, recipe.method, recipe.pattern, selections, options, scratch=machine.scratch
-        )
-        with closing(walk) as steps:
-            for step in steps:
-                report(layer_progress(step, decoder.n_layers))
-                if isinstance(step, LayerDone):
-                    masks |= {one.name: one.pruned.mask for one in step.linears}
-                    linears += step.records()
-    finally:
-        model.train(was_training)
-    report(Progress("done", 1, 1, "finished: the model is pruned in place"))
+    walk = prune_layers(decoder, windows, recipe.method, recipe.pattern, selections, options, scratch=machine.scratch)
+    with closing(walk) as steps:
+        for step in steps:
+            report(layer_progress(step, decoder.n_layers))
+            if isinstance(step, LayerDone):
+                masks |= {one.name: one.pruned.mask for one in step.linears}
+                linears += step.records()
     return PruneResult(masks, tuple(linears))

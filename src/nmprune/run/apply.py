@@ -12,6 +12,7 @@ from nmprune.architectures import DenseLinear, Linear
 from nmprune.checkpoint import (
     Checkpoint,
     MaskFile,
+    TensorMask,
     apply_mask,
     checksum,
     read_masks,
@@ -129,22 +130,30 @@ def _read(file: Path, base: Checkpoint, linears: dict[str, list[Linear]], patter
 
 def _check_fit(file: Path, entries: MaskFile, base: Checkpoint, linears: dict[str, list[Linear]]) -> None:
     """Raise InputError naming the first masks that do not fit the checkpoint."""
-    faults = []
-    for tensor, entry in entries.masks.items():
-        if tensor not in linears:
-            known = (
-                "which is no linear that can be pruned" if tensor in base.tensors else "which the model does not have"
-            )
-            close = near_matches(tensor, linears).partition("Known: ")[0]
-            faults.append(f"a mask for {tensor}, {known}. {close}".rstrip())
-        elif entry.shape != base.info(tensor).shape:
-            faults.append(f"a mask of shape {entry.shape} for {tensor} of shape {base.info(tensor).shape}.")
-        elif entry.group_axis != linears[tensor][0].on_disk.group_axis:
-            faults.append(f"groups along axis {entry.group_axis} of {tensor}, which runs along the other axis.")
-    if faults:
-        more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        listed = "".join(f"\n  - {fault}" for fault in faults[:_SHOWN])
+
+    def fits(tensor: str, entry: TensorMask) -> bool:
+        place = linears.get(tensor)
+        shape_and_axis = (entry.shape, entry.group_axis)
+        return place is not None and shape_and_axis == (base.info(tensor).shape, place[0].on_disk.group_axis)
+
+    misfits = [tensor for tensor, entry in entries.masks.items() if not fits(tensor, entry)]
+    if misfits:
+        more = f"\n  and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
+        # near matches among thousands of names take long: they are looked for only where they are shown
+        faults = (_misfit(tensor, entries.masks[tensor], base, linears) for tensor in misfits[:_SHOWN])
+        listed = "".join(f"\n  - {fault}" for fault in faults)
         raise InputError(f"{file} does not fit {base.folder}: it holds{listed}{more}\nIt belongs to another model.")
+
+
+def _misfit(tensor: str, entry: TensorMask, base: Checkpoint, linears: dict[str, list[Linear]]) -> str:
+    """Why a mask does not fit, in words."""
+    if tensor not in linears:
+        known = "which is no linear that can be pruned" if tensor in base.tensors else "which the model does not have"
+        close = near_matches(tensor, linears).partition("Known: ")[0]
+        return f"a mask for {tensor}, {known}. {close}".rstrip()
+    if entry.shape != base.info(tensor).shape:
+        return f"a mask of shape {entry.shape} for {tensor} of shape {base.info(tensor).shape}."
+    return f"groups along axis {entry.group_axis} of {tensor}, which runs along the other axis."
 
 
 def _split(

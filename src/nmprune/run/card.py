@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nmprune.results import Results
 from nmprune.run.recipe import Recipe
+from nmprune.run.tokens import given_from_python
 
 
 def model_card(recipe: Recipe, results: Results) -> str:
@@ -15,6 +16,9 @@ def model_card(recipe: Recipe, results: Results) -> str:
     if results.calibration:
         c = results.calibration
         calibration = f"{c['source']} ({c['split']}), {c['n_sequences']} x {c['seq_len']} tokens, seed {c['seed']}"
+    again = "nmprune prune RUN/recipe.yaml --out AGAIN"
+    if given_from_python(recipe.calibration.source):
+        again += " --set calibration.source=RUN/calibration.safetensors"
     errors = [one.output_error for one in results.linears if one.output_error is not None]
     error_line = (
         f"| mean relative output error of a linear (calibration tokens) | {sum(errors) / len(errors):.4f} |\n"
@@ -41,7 +45,7 @@ Check it, measure it, make it again (from the folder that holds this one):
 
     nmprune verify RUN
     nmprune evaluate RUN --text wikitext2
-    nmprune prune RUN/recipe.yaml --out AGAIN
+    {again}
 
 ## Dense on purpose
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nmprune.architectures import DenseLinear
+from nmprune.architectures import DenseLinear, starred
 from nmprune.version import VERSION
 
 
@@ -28,10 +28,10 @@ def self_description(
     """
     n_pruned: defaultdict[str, int] = defaultdict(int)
     for name in pruned:
-        n_pruned[_starred(name)] += 1
+        n_pruned[starred(name)] += 1
     n_dense: defaultdict[tuple[str, str], int] = defaultdict(int)
     for one in dense:
-        n_dense[_starred(one.name), one.reason] += 1
+        n_dense[starred(one.name), one.reason] += 1
     return {
         "version": VERSION,
         "pattern": pattern_words,
@@ -41,8 +41,3 @@ def self_description(
         "pruned": dict(n_pruned),
         "dense": [{"linears": name, "count": n, "reason": reason} for (name, reason), n in n_dense.items()],
     }
-
-
-def _starred(name: str) -> str:
-    """ "model.layers.3.mlp.up_proj" -> "model.layers.*.mlp.up_proj"."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -22,7 +22,7 @@ from nmprune.run.base import find_base, wrong_base
 from nmprune.run.find_model import find_model
 from nmprune.run.folder import RunFolder, write_text
 from nmprune.run.machine import Machine
-from nmprune.run.progress import Progress, Report, silent
+from nmprune.run.progress import Progress, Report, Stage, silent
 from nmprune.run.recipe import DTYPES
 from nmprune.run.tokens import check_windows, load_tokenizer
 from nmprune.stream import DecoderModel, DTypeName
@@ -189,14 +189,15 @@ class _Bench:
             allow_sparse=True,
         )
         check_windows(self.windows, model.config)
-        self.report(Progress(what, text=f"measuring the {what + ' model' if what != 'model' else 'model'}: {folder}"))
+        stage: Stage = "measure" if what == "model" else what
+        self.report(Progress(stage, text=f"measuring the {what + ' model' if what != 'model' else 'model'}: {folder}"))
         nlls = streamed_nlls(
             model,
             self.windows,
             batch_size=self.measure.batch_size,
             hidden_budget=self.machine.hidden_budget,
             scratch=self.machine.scratch,
-            on_progress=lambda done, total: self.report(Progress(what, done, total)),
+            on_progress=lambda done, total: self.report(Progress(stage, done, total)),
         )
         found = summarise(nlls, self.text, self.measure.seq_len)
         return Measured(what, str(folder), fingerprint, found, time.perf_counter() - start)

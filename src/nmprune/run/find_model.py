@@ -25,7 +25,7 @@ def find_model(model: str) -> Path:
 
 
 def find_config(model: str) -> Path:
-    """The same for `checkpoint.locate_config`: of a hub model no weights are fetched."""
+    """The same for `checkpoint.locate_config`: no weights are fetched or dequantised."""
     return _find(model, locate_config)
 
 

@@ -78,7 +78,7 @@ class RunFolder:
 
     def _foreign(self) -> set[str]:
         """What lies here besides the traces of a run that was killed before its recipe was written."""
-        ours = {self.progress.name, self.base.name, f"{self.base.name}.partial", f"{self.recipe_file.name}.partial"}
+        ours = {self.progress.name, self.base.name, _partial(self.base).name, _partial(self.recipe_file).name}
         return {file.name for file in self.path.iterdir()} - ours
 
     @contextmanager
@@ -91,9 +91,20 @@ class RunFolder:
         self.check(recipe)
         with self._locked():
             self.check(recipe)
+            self._clear_partial()
             if not self.recipe_file.is_file():
                 write_text(self.recipe_file, recipe.to_yaml())
             yield
+
+    def _clear_partial(self) -> None:
+        """Delete what a killed session was writing; model.partial and base.partial are their writers' to replace."""
+        ours = (self.recipe_file, self.tokens_file, self.masks_file, self.results_file, self.card)
+        for left in (*(_partial(file) for file in ours), *self.progress.glob("*.partial")):
+            with writing(left, 0):
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink(missing_ok=True)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -123,11 +134,15 @@ class RunFolder:
 
     # -- progress -----------------------------------------------------------------------------------------------------
 
-    def count_session(self, fingerprint: str) -> int:
-        """Note that the run was started once more on the checkpoint of that fingerprint; returns how often by now.
+    def count_session(self, fingerprint: str, compute: str) -> int:
+        """Note that the run was started once more; returns how often by now.
+
+        Args:
+            fingerprint: of the dense checkpoint.
+            compute: dtype of the forward passes and kind of device, such as "float32 on cpu".
 
         Raises:
-            InputError: earlier sessions worked on another checkpoint.
+            InputError: earlier sessions worked on another checkpoint, or computed in another dtype or on another device.
         """
         n_before = 0
         if self._sessions_file.is_file():
@@ -138,7 +153,14 @@ class RunFolder:
                     f"{self.path} was begun on other weights: the model has changed since. Bring the old weights back, or "
                     "choose another --out folder."
                 )
-        write_text(self._sessions_file, json.dumps({"sessions": n_before + 1, "fingerprint": fingerprint}))
+            if before["compute"] != compute:
+                raise InputError(
+                    f"{self.path} was begun in {before['compute']}; here it would go on in {compute}, and its layers would "
+                    f"not belong together. Go on with --device {before['compute'].rpartition(' ')[2]}, or choose another "
+                    "--out folder; a new run may say what every device computes in, such as --dtype float32."
+                )
+        session = {"sessions": n_before + 1, "fingerprint": fingerprint, "compute": compute}
+        write_text(self._sessions_file, json.dumps(session))
         return n_before + 1
 
     def layer_file(self, index: int) -> Path:
@@ -272,20 +294,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         InputError: the disk is full or not writable.
     """
-    partial = path.with_name(path.name + ".partial")
+    # A folder: save_file writes under a temporary name of its own choice, which a kill would leave behind unknown.
+    partial = _partial(path)
     try:
-        save_file(dict(tensors), partial, metadata=dict(metadata))
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        partial.mkdir(exist_ok=True)
+        file = partial / path.name
+        save_file(dict(tensors), file, metadata=dict(metadata))
+        file.chmod(partial.stat().st_mode & 0o666)  # save_file gives 0600; any new file has what the umask leaves
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+        file.replace(path)
         flush_folder(path.parent)
+        shutil.rmtree(partial)
     except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise InputError(
             f"cannot write {path} ({size / 2**20:.0f} MiB): {error}. What was finished is kept: free some space and run the same "
             "command again."
         ) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _takes(descriptor: int, path: Path) -> bool:

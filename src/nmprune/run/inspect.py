@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoConfig
 
-from nmprune.architectures import Linear
-from nmprune.checkpoint import Checkpoint, MaskFile, read_masks
+from nmprune.architectures import Linear, starred
+from nmprune.checkpoint import DEMO_MODEL, Checkpoint, MaskFile, read_masks
 from nmprune.errors import InputError
 from nmprune.pattern import Pattern
 from nmprune.report.model import ModelFacts, RoleFacts
@@ -91,23 +89,17 @@ def _npz(file: Path) -> NpzFacts:
 
 def _model(name: str, trust_remote_code: bool) -> ModelFacts:
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        with tempfile.TemporaryDirectory(prefix="nmprune-config-") as folder:
-            try:
-                AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-            except Exception as error:  # the reader of a damaged file raises whatever its parser met
-                raise InputError(
-                    f"{path}: transformers cannot read this GGUF model ({type(error).__name__}: {error}). Download it again, "
-                    "or give the original HF folder."
-                ) from error
-            return _from_config(name, Path(folder), trust_remote_code, "GGUF: dequantised to float32 once, when pruned")
     folder_path = find_config(name)
     try:
         checkpoint = Checkpoint.open(folder_path)
     except InputError:
-        if any(folder_path.glob("*.safetensors*")) or not (folder_path / "config.json").is_file():
+        # of a hub model the cache may hold the index without a shard, which is no damage
+        weights = "*.safetensors*" if path.exists() else "*.safetensors"
+        if any(folder_path.glob(weights)) or not (folder_path / "config.json").is_file():
             raise
-        return _from_config(name, folder_path, trust_remote_code, "")
+        is_gguf = name == DEMO_MODEL or path.suffix == ".gguf"
+        dtype = "GGUF: dequantised to float32 once, when pruned" if is_gguf else ""
+        return _from_config(name, folder_path, trust_remote_code, dtype)
     decoder = DecoderModel.open(folder_path, trust_remote_code=trust_remote_code, allow_sparse=True)
     dtypes: dict[str, int] = {}
     for info in checkpoint.tensors.values():
@@ -118,7 +110,7 @@ def _model(name: str, trust_remote_code: bool) -> ModelFacts:
 
 
 def _from_config(name: str, folder: Path, trust_remote_code: bool, dtype: str) -> ModelFacts:
-    decoder = DecoderModel.from_config(folder, trust_remote_code=trust_remote_code)
+    decoder = DecoderModel.from_config(folder, trust_remote_code=trust_remote_code, allow_sparse=True)
     parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
     return _facts(name, "", decoder, dtype or f"{decoder.config.dtype or 'not said'} (by its config)", parameters)
 
@@ -133,7 +125,7 @@ def _facts(name: str, folder: str, decoder: DecoderModel, dtype: str, parameters
             linears.setdefault((linear.role, linear.shape), []).append(linear)
         outside += table
     for one in outside:
-        key = ".".join("*" if part.isdigit() else part for part in one.name.split("."))
+        key = starred(one.name)
         dense[key] = (dense.get(key, (0, ""))[0] + 1, one.reason)
     rows = tuple(
         RoleFacts(role, len(each), shape, _without_expert(each[0].shared_input), each[0].tensor)

@@ -79,8 +79,18 @@ class Machine:
             torch.set_num_threads(self.threads)
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """What results.json records about the machine."""
+def compute_words(dtype: torch.dtype, device: torch.device) -> str:
+    """What forward passes compute in and on which kind of device: "float32 on cpu"."""
+    return f"{str(dtype).removeprefix('torch.')} on {device.type}"
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What results.json records about the machine.
+
+    Args:
+        device: where the run worked.
+        dtype: what forward passes computed in.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "processor": _processor(),
@@ -88,6 +98,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory": psutil.virtual_memory().total,
         "device": name,
+        "dtype": str(dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -11,15 +11,21 @@ from typing import Any
 import psutil
 import torch
 
-from nmprune.architectures import DenseLinear, Linear
-from nmprune.checkpoint import locate_config
+from nmprune.architectures import DenseLinear, Linear, starred
+from nmprune.checkpoint import DEMO_MODEL
 from nmprune.report.plan import Plan, RolePlan
+from nmprune.run import rehearsal
+from nmprune.run.find_model import find_config
 from nmprune.run.machine import Machine
 from nmprune.run.probe import Rates, measure, signature
 from nmprune.run.recipe import Recipe
 from nmprune.stream import DecoderModel, DTypeName, LayerSelection, default_batch_size, select
+from nmprune.stream.selection import stage_of
 
 _HEADROOM = 0.9  # share of a device's memory that a plan counts on: the allocator and the context need the rest
+# Measured with small models (benchmarks/plan_accuracy.py): library code that a run touches for the first time, and what
+# the tokenizer and the text leave behind and take while text is cut into windows.
+_LIBRARIES, _AFTER_TEXT, _DURING_TEXT = 30 << 20, 32 << 20, 150 << 20
 
 
 def plan(
@@ -48,14 +54,15 @@ def plan(
     if device_memory and dtype == "auto":
         dtype = "bfloat16"
     machine.set_threads()
-    folder = locate_config(recipe.model)
-    model = DecoderModel.from_config(
-        folder, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code, allow_sparse=recipe.allow_sparse
-    )
+    folder = find_config(recipe.model)
+    model = DecoderModel.from_config(folder, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
     selections = select(model, recipe.pattern, recipe.exclude)
     sizes = _Sizes(recipe, machine, model, selections)
-    memory = sizes.memory(on_device=device_memory is not None)
-    limit = int(device_memory * _HEADROOM) if device_memory else psutil.virtual_memory().total
+    on_accelerator = device_memory is not None or device.type != "cpu"
+    rehearsed = None
+    if timed and not on_accelerator and sizes.rehearsable:
+        rehearsed = rehearsal.layer_peak(folder, recipe, machine, sizes.batch)
+    memory = sizes.memory(on_accelerator, rehearsed)
     seconds = None
     if timed and device_memory is None:
         nearest = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
@@ -73,12 +80,21 @@ def plan(
         layer_passes=sizes.passes,
         memory=memory,
         peak_memory=max(sum(parts.values()) for parts in memory.values()),
-        limit=limit,
+        limit=_limit(device, device_memory),
         device_memory=device_memory,
         disk=sizes.disk(),
         seconds=seconds,
-        notes=_notes(recipe, sizes, machine),
+        notes=_notes(recipe, sizes, machine, rehearsed is not None or on_accelerator),
     )
+
+
+def _limit(device: torch.device, device_memory: int | None) -> int:
+    """Bytes that may be used: of the device asked about, of the accelerator here, or of this machine."""
+    if device_memory is not None:
+        return int(device_memory * _HEADROOM)
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * _HEADROOM)
+    return psutil.virtual_memory().total
 
 
 class _Sizes:
@@ -89,7 +105,7 @@ class _Sizes:
     ) -> None:
         self.recipe, self.machine, self.model, self.selections = recipe, machine, model, selections
         seq_len = recipe.calibration.seq_len
-        n_sequences = recipe.calibration.n_sequences
+        self.n_sequences = n_sequences = recipe.calibration.n_sequences
         self.batch = (min(n_sequences, recipe.stream.batch_size or default_batch_size(seq_len)), seq_len)
         state = model.model.state_dict()
         tied = set(model.model.all_tied_weights_keys)
@@ -111,6 +127,11 @@ class _Sizes:
         return bool(self.recipe.method.needs)
 
     @property
+    def from_text(self) -> bool:
+        """Whether a tokenizer and a text are needed."""
+        return self.calibrated and not self.recipe.calibration.source.endswith(".safetensors")
+
+    @property
     def passes(self) -> int:
         """Forwards of a decoder layer over all calibration tokens."""
         if not self.calibrated:
@@ -118,23 +139,59 @@ class _Sizes:
         n_layers = self.model.n_layers
         if self.recipe.stream.propagate == "dense":
             return n_layers
-        stages = [len({one.shared_input for one in selection.prune}) for selection in self.selections]
+        stages = [len({stage_of(one) for one in selection.prune}) for selection in self.selections]
         observing = sum(stages) if self.recipe.stream.true_sequential else n_layers
         return observing + n_layers - 1
 
-    def memory(self, on_device: bool) -> dict[str, dict[str, int]]:
-        """Stage -> part -> bytes; with `on_device` what lies on the accelerator."""
-        stages = {"layers": self._layer_stage(on_device)}
+    @property
+    def rehearsable(self) -> bool:
+        """Whether two decoder layers can be walked in about a minute."""
+        method = self.recipe.method
+        flops = max(sum(method.solver_flops(*one.shape) for one in selection.prune) for selection in self.selections)
+        return rehearsal.affordable(max(self.layer_weights), flops)
+
+    def memory(self, on_accelerator: bool, rehearsed: int | None) -> dict[str, dict[str, int]]:
+        """Stage -> part -> bytes: on the accelerator, or of the process.
+
+        Args:
+            on_accelerator: count only what lies there.
+            rehearsed: peak bytes of two rehearsed layers with two batches; None = add up sizes.
+        """
+        if on_accelerator:
+            stages = {"layers": self._layer_stage(hidden=False)}
+            if self.calibrated:
+                stages["embedding"] = {"embedding": self._embedding()}
+            return stages
+        base = {"libraries": _LIBRARIES}
+        if self.from_text:
+            base["tokenizer and text"] = _AFTER_TEXT
+        layers = {**base, **self._layer_stage(hidden=True)}
+        if rehearsed is not None:
+            rehearsed_hidden = (
+                rehearsal.N_BATCHES * self.batch[0] * self.batch[1] * self.hidden_size * self.compute_size
+            )
+            layers = {
+                "libraries, decoder layer, statistics, forward, solver (rehearsed)": rehearsed - rehearsed_hidden,
+                "hidden states": self._hidden_in_memory(),
+                **({"tokenizer and text": _AFTER_TEXT} if self.from_text else {}),
+            }
+        stages = {"layers": layers, "writing": {**base, **self._write_stage()}}
         if self.calibrated:
-            rows = self.outside_weights - self.head_weights
-            stages["embedding"] = {"embedding": rows * self.compute_size}
-            if not on_device:
-                stages["embedding"]["hidden states"] = min(self.hidden_bytes, self.machine.hidden_budget)
-        if not on_device:
-            stages["writing"] = self._write_stage()
+            stages["embedding"] = {**base, "embedding": self._embedding(), "hidden states": self._hidden_in_memory()}
+        if self.from_text:
+            stages["calibration text"] = {"tokenizer and text": _DURING_TEXT}
         return stages
 
-    def _layer_stage(self, on_device: bool) -> dict[str, int]:
+    def _hidden_in_memory(self) -> int:
+        """Hidden states past the budget lie in a file; its mapped pages count as far as they are in use."""
+        return min(self.hidden_bytes, self.machine.hidden_budget) if self.calibrated else 0
+
+    def _embedding(self) -> int:
+        """The embedding in the compute dtype, and while it is converted in the checkpoint's, too."""
+        both = self.compute_size + (self.stored_size if self.stored_size != self.compute_size else 0)
+        return (self.outside_weights - self.head_weights) * both
+
+    def _layer_stage(self, hidden: bool) -> dict[str, int]:
         worst = max(range(self.model.n_layers), key=lambda index: self.layer_weights[index])
         linears = self.selections[worst].prune
         tokens = self.batch[0] * self.batch[1]
@@ -147,8 +204,8 @@ class _Sizes:
         results = self._results(linears)
         if not self.calibrated:
             return {**parts, "solver": solving, "masks and moved weights of the layer": results}
-        if not on_device:
-            parts["hidden states"] = min(self.hidden_bytes, self.machine.hidden_budget)
+        if hidden:
+            parts["hidden states"] = self._hidden_in_memory()
         parts["statistics"] = self._statistics(linears)
         forward = tokens * _activation_width(linears, self.hidden_size) * self.compute_size
         parts["batch in the forward, or solver"] = max(forward, solving + results)
@@ -157,7 +214,10 @@ class _Sizes:
     def _statistics(self, linears: Sequence[Linear]) -> int:
         widths = {one.shared_input: one.shape[1] for one in linears}
         if self.recipe.stream.true_sequential:
-            return max((self._of_width(width) for width in widths.values()), default=0)
+            stages: defaultdict[str, dict[str, int]] = defaultdict(dict)
+            for one in linears:
+                stages[stage_of(one)][one.shared_input] = one.shape[1]
+            return max((sum(map(self._of_width, stage.values())) for stage in stages.values()), default=0)
         return sum(self._of_width(width) for width in widths.values())
 
     def _of_width(self, width: int) -> int:
@@ -178,7 +238,10 @@ class _Sizes:
 
     def _write_stage(self) -> dict[str, int]:
         worst = max(self.selections, key=lambda selection: sum(math.prod(one.shape) for one in selection.prune))
-        largest = max((math.prod(one.shape) for one in worst.prune), default=0)
+        tensors: defaultdict[str, int] = defaultdict(int)  # all experts of a 3-D tensor are written together
+        for one in worst.prune:
+            tensors[one.tensor] += math.prod(one.shape)
+        largest = max(tensors.values(), default=0)
         return {
             "masks and moved weights of a layer": self._results(worst.prune),
             "one tensor, dense and pruned": largest * (2 * self.stored_size + 1),
@@ -187,8 +250,11 @@ class _Sizes:
     def disk(self) -> dict[str, int]:
         """Part -> bytes."""
         moved = self.in_linears * self.stored_size if self.recipe.method.updates_weights else 0
+        hidden = self.hidden_bytes if self.calibrated else 0
+        scratch = hidden if hidden > self.machine.hidden_budget else 0
         return {
-            "progress (given back)": self.in_linears // 8 + moved,
+            "progress (given back)": self.in_linears // 8 + moved + hidden,
+            **({"hidden states past the budget (given back)": scratch} if scratch else {}),
             "masks": self.in_linears // 8,
             "model": self.parameters * self.stored_size,
         }
@@ -210,7 +276,8 @@ class _Sizes:
                 seen.add(one.shared_input)
         stored = self.parameters * self.stored_size
         seconds["read"] = 2 * stored * rates.read_seconds
-        seconds["write"] = sum(self.disk().values()) * rates.write_seconds
+        moved = self.disk()["model"] + self.in_linears * (self.stored_size if self.recipe.method.updates_weights else 0)
+        seconds["write"] = moved * rates.write_seconds
         return dict(seconds)
 
 
@@ -240,14 +307,17 @@ def _roles(selections: Sequence[LayerSelection]) -> tuple[RolePlan, ...]:
 def _dense(dense: Sequence[DenseLinear]) -> tuple[tuple[str, int, str], ...]:
     counts: dict[tuple[str, str], int] = defaultdict(int)
     for one in dense:
-        name = ".".join("*" if part.isdigit() else part for part in one.name.split("."))
-        counts[(name, one.reason)] += 1
+        counts[(starred(one.name), one.reason)] += 1
     return tuple((name, count, reason) for (name, reason), count in counts.items())
 
 
-def _notes(recipe: Recipe, sizes: _Sizes, machine: Machine) -> tuple[str, ...]:
+def _notes(recipe: Recipe, sizes: _Sizes, machine: Machine, measured: bool) -> tuple[str, ...]:
     notes = []
-    if recipe.model.endswith(".gguf"):
+    if not measured:
+        notes.append(
+            "memory is added up from sizes and was not rehearsed: a process may take up to half as much again."
+        )
+    if recipe.model.endswith(".gguf") or recipe.model == DEMO_MODEL:
         notes.append(
             "a GGUF file is dequantised once, whole, at the first run: "
             f"{sizes.parameters * 4 / 2**30:.1f} GiB of memory and disk."

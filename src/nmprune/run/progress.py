@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+Stage = Literal[
+    "open",  # model and text are looked for
+    "calibrate",  # token windows are cut
+    "layers",  # decoder layers are pruned; counts them
+    "masks",  # the mask file is written
+    "model",  # the model is written; counts bytes
+    "verify",  # tensors are compared; counts bytes
+    "dense",  # a run's dense model is measured; counts windows times layers
+    "pruned",  # a run's pruned model is measured, likewise
+    "measure",  # a model that belongs to no run is measured, likewise
+    "done",
+]
 
 
 @dataclass(frozen=True)
@@ -11,13 +25,13 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        stage: "open", "calibrate", "layers", "masks", "model" or "done".
-        done: parts finished; layers (with a fraction for the layer in work) or bytes.
+        stage: what is being done.
+        done: parts finished, counted as the stage says; a layer in work is a fraction.
         total: of them; 0 where there is nothing to count.
         text: a line for a log, where something worth one happened; else empty.
     """
 
-    stage: str
+    stage: Stage
     done: float = 0
     total: float = 0
     text: str = ""

@@ -15,7 +15,7 @@ from nmprune.results import Results
 from nmprune.run.card import model_card
 from nmprune.run.find_model import find_model
 from nmprune.run.folder import RunFolder, write_text
-from nmprune.run.machine import Machine, PeakMemory, describe
+from nmprune.run.machine import Machine, PeakMemory, compute_words, describe
 from nmprune.run.outputs import Outputs
 from nmprune.run.progress import Progress, Report, silent
 from nmprune.run.recipe import Recipe
@@ -66,8 +66,8 @@ def prune_run(
         return _nothing_to_do(folder, report)
     report(Progress("open", text=f"opening {recipe.model}"))
     machine.set_threads()
-    peak = PeakMemory(device)
     source = find_model(recipe.model)
+    peak = PeakMemory(device)  # after a GGUF file was dequantised, where it had to be
     model = _open(recipe, source, device, report)
     selections = select(model, recipe.pattern, recipe.exclude)
     windows, origin = _tokens(folder, recipe, source, model, token_ids, report)
@@ -75,14 +75,14 @@ def prune_run(
         if folder.finished:
             return _nothing_to_do(folder, report)
         assert model.checkpoint is not None
-        sessions = folder.count_session(model.checkpoint.fingerprint())
+        sessions = folder.count_session(model.checkpoint.fingerprint(), compute_words(model.dtype, device))
         if windows is not None and origin is not None:
             folder.save_tokens(windows, origin)
         _layers(folder, recipe, machine, model, selections, windows, report)
         outputs = Outputs(folder, recipe, model, selections)
         outputs.write_masks(report)
         outputs.write_model(report)
-        results = outputs.results(origin, sessions, peak, describe(device))
+        results = outputs.results(origin, sessions, peak, describe(device, model.dtype))
         write_text(folder.card, model_card(recipe, results))
         folder.finish(results)
     report(Progress("done", 1, 1, f"finished: {folder.model}"))
@@ -153,7 +153,6 @@ def _layers(
         saved = folder.layer(index)
         return None if saved is None else saved.pruned()
 
-    restart = folder.saved_hidden() if windows is not None else None
     steps = prune_layers(
         model,
         windows,
@@ -162,13 +161,14 @@ def _layers(
         selections,
         options,
         finished=finished,
-        restart=restart,
+        restart=folder.saved_hidden() if windows is not None else None,
         scratch=machine.scratch,
     )
     for step in steps:
         if isinstance(step, LayerDone) and not step.reused:
             folder.save_layer(step)
         report(layer_progress(step, n_layers))
+        del step  # a finished layer's masks and weights must not stay while the next layer runs
 
 
 def layer_progress(step: LayerStep | LayerDone, n_layers: int) -> Progress:

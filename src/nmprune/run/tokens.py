@@ -38,7 +38,7 @@ def calibration_windows(
     wanted = recipe.calibration
     if token_ids is not None:
         windows, origin = token_ids, {"source": wanted.source, "split": "given as token ids"}
-    elif wanted.source.startswith(f"{_GIVEN}:"):
+    elif given_from_python(wanted.source):
         raise InputError(
             f"calibration.source {wanted.source} stands for token ids that were given from Python. Give the run's own "
             "calibration.safetensors as calibration source, or pass the token ids again."
@@ -104,6 +104,11 @@ def token_source(token_ids: Tensor) -> str:
     """What a recipe calls token ids that were passed in: their checksum stands for them."""
     digest = hashlib.sha256(token_ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
     return f"{_GIVEN}:{digest[:16]}"
+
+
+def given_from_python(source: str) -> bool:
+    """Whether a recipe's calibration source stands for token ids, which nobody can read from it."""
+    return source.startswith(f"{_GIVEN}:")
 
 
 def _check_size(file: str, windows: Tensor, n_sequences: int, seq_len: int) -> None:

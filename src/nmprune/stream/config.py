@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -13,7 +14,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from nmprune.architectures import find_family
+from nmprune.checkpoint.reader import Checkpoint
 from nmprune.errors import InputError
+from nmprune.stream.weights import commonest_float
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load_config(folder: Path, trust_remote_code: bool = False, allow_sparse: bool = False) -> PretrainedConfig:
@@ -69,3 +74,16 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code:
         ) from error
     model.tie_weights()
     return model
+
+
+def compute_dtype(
+    name: DTypeName, device: torch.device, config: PretrainedConfig, checkpoint: Checkpoint | None = None
+) -> torch.dtype:
+    """What "auto" means: fp32 on a CPU; elsewhere what config.json says, or else what most of the weights are stored in."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    return (commonest_float(checkpoint) if checkpoint else None) or torch.float32

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from nmprune.architectures import DenseLinear, Family, Linear, ModuleLinear, View, find_family, linears_of_layer
-from nmprune.checkpoint.names import NameMap, Piece
+from nmprune.checkpoint.names import NameMap, Piece, shapes_on_disk
 from nmprune.checkpoint.reader import Checkpoint
 from nmprune.errors import InputError
 from nmprune.stream.calls import LayerCalls, last_logits, record_layer_calls
-from nmprune.stream.config import check_config, empty_model, load_config
+from nmprune.stream.config import DTypeName, check_config, compute_dtype, empty_model, load_config
 from nmprune.stream.heap import give_back
 from nmprune.stream.hidden_states import HiddenStates
-
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from nmprune.stream.weights import check_dtypes, entry, move_buffers, put, random_weights, zeros
 
 
 class DecoderModel:
@@ -60,8 +58,9 @@ class DecoderModel:
         self._names: NameMap | None = None
         if checkpoint is not None:
             self._names = NameMap(model, checkpoint.shapes())
-            _check_dtypes(model, self._names, checkpoint)
-            _move_buffers(model, device)
+            check_dtypes(model, self._names, checkpoint)
+        elif all(parameter.is_meta for parameter in model.parameters()):
+            self._names = NameMap(model, shapes_on_disk(model))
         self._fp32_names = tuple(model._get_dtype_plan(dtype))
         self._state_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         model.eval()
@@ -81,7 +80,8 @@ class DecoderModel:
         Args:
             folder: config.json and safetensors.
             device: where layers run.
-            dtype: compute dtype; "auto" is fp32 on the CPU and the checkpoint's own elsewhere.
+            dtype: compute dtype; "auto" is fp32 on the CPU, elsewhere the checkpoint's own by its config or, where that
+                does not say, the one that most of its bytes are in.
             trust_remote_code: run Python code from the folder, where its config names some.
             allow_sparse: take a model that says it is pruned already (to measure it).
 
@@ -91,9 +91,8 @@ class DecoderModel:
         checkpoint = Checkpoint.open(folder)
         config = load_config(folder, trust_remote_code, allow_sparse)
         place = torch.device(device)
-        compute = _compute_dtype(dtype, place, config)
-        model = empty_model(config, compute, trust_remote_code)
-        return cls(model, checkpoint, place, compute)
+        compute = compute_dtype(dtype, place, config, checkpoint)
+        return cls(_empty(config, place, compute, trust_remote_code), checkpoint, place, compute)
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, *, allow_sparse: bool = False) -> Self:
@@ -135,8 +134,8 @@ class DecoderModel:
         """
         config = load_config(folder, trust_remote_code, allow_sparse)
         place = torch.device(device)
-        compute = _compute_dtype(dtype, place, config)
-        return cls(empty_model(config, compute, trust_remote_code), None, place, compute)
+        compute = compute_dtype(dtype, place, config)
+        return cls(_empty(config, place, compute, trust_remote_code), None, place, compute)
 
     # -- linears ------------------------------------------------------------------------------------------------------
 
@@ -204,10 +203,17 @@ class DecoderModel:
             else "embedding: dense",
         }
         inside = f"{self.family.layers}."
+        # a tied weight stands under each of its names
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        matrices = {name: one for name, one in parameters if one.dim() >= 2 and not name.endswith("bias")}
         return [
-            DenseLinear(name, tuple(module.weight.shape), reasons.get(id(module), "outside the decoder layers: dense"))
-            for name, module in self.model.named_modules()
-            if not name.startswith(inside) and isinstance(module, nn.Linear | nn.Embedding)
+            DenseLinear(
+                name.removesuffix(".weight"),
+                tuple(one.shape),
+                reasons.get(id(self.model.get_submodule(name.rpartition(".")[0])), "outside the decoder layers: dense"),
+            )
+            for name, one in matrices.items()
+            if not name.startswith(inside)
         ]
 
     # -- weights ------------------------------------------------------------------------------------------------------
@@ -228,11 +234,11 @@ class DecoderModel:
         names = [name for name in module.state_dict() if prefix + name not in skip and self._pieces(prefix + name)]
         try:
             for name in names:
-                _put(module, name, self._read(prefix + name))
+                put(module, name, self._read(prefix + name))
             yield
         finally:
             for name in names:
-                _put(module, name, _entry(module, name).to("meta"))
+                put(module, name, entry(module, name).to("meta"))
             give_back()
 
     def _pieces(self, key: str) -> tuple[Piece, ...]:
@@ -255,34 +261,12 @@ class DecoderModel:
     @contextmanager
     def random_layer(self, index: int) -> Iterator[nn.Module]:
         """Decoder layer `index` with random weights inside the body: for timing a model of which only the config is here."""
-        layer = self.layers[index]
-        generator = torch.Generator().manual_seed(0)
+        with random_weights(self.layers[index], self.dtype, self.device):
+            yield self.layers[index]
 
-        def make(entry: Tensor) -> Tensor:
-            return torch.randn(entry.shape, generator=generator).mul_(0.02).to(self.device, self.dtype)
-
-        with self._stand_in(layer, make):
-            yield layer
-
-    @contextmanager
-    def stand_in(self) -> Iterator[None]:
+    def stand_in(self) -> AbstractContextManager[None]:
         """Zeros that take no memory for everything outside the decoder layers: what `calls` needs to be asked."""
-        zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        with self._stand_in(self.model, lambda entry: zero.expand(entry.shape), self._inside_layers()):
-            yield
-
-    @contextmanager
-    def _stand_in(
-        self, module: nn.Module, make: Callable[[Tensor], Tensor], skip: frozenset[str] = frozenset()
-    ) -> Iterator[None]:
-        entries = {name: tensor for name, tensor in module.state_dict().items() if name not in skip and tensor.is_meta}
-        for name, entry in entries.items():
-            _put(module, name, make(entry))
-        try:
-            yield
-        finally:
-            for name, entry in entries.items():
-                _put(module, name, entry)
+        return zeros(self.model, self.dtype, self.device, self._inside_layers())
 
     # -- the model's own ends -----------------------------------------------------------------------------------------
 
@@ -295,20 +279,29 @@ class DecoderModel:
     @contextmanager
     def head(self) -> Iterator[None]:
         """Everything but the decoder layers in memory: what `logits` needs."""
-        with self._loaded(self.model, "", self._inside_layers()):
+        tied = frozenset(self.model.all_tied_weights_keys)
+        try:
+            with self._loaded(self.model, "", self._inside_layers() | tied):
+                if self.checkpoint is not None:
+                    self.model.tie_weights()
+                yield
+        finally:
             if self.checkpoint is not None:
+                # back to the meta device as well: a tied name would keep the whole embedding in memory
                 self.model.tie_weights()
-            yield
+                give_back()
 
     def _inside_layers(self) -> frozenset[str]:
         return frozenset(key for key in self._state_shapes if key.startswith(f"{self.family.layers}."))
 
     def _head_only(self) -> frozenset[str]:
         head = self.model.get_output_embeddings()
-        if head is None or self.model.all_tied_weights_keys:
+        if head is None:
             return frozenset()
         name = next(name for name, module in self.model.named_modules() if module is head)
-        return frozenset(f"{name}.{part}" for part in head.state_dict())
+        own = frozenset(f"{name}.{part}" for part in head.state_dict())
+        tied = frozenset(self.model.all_tied_weights_keys)
+        return own & tied if tied else own
 
     def embed(
         self, windows: Tensor, batch_size: int, hidden_budget: int, scratch: Path | None = None
@@ -349,6 +342,15 @@ class DecoderModel:
         return last_logits(self.model, self.layers, hidden, token_ids.to(self.device))
 
 
+def _empty(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model with its weights on the meta device and its computed buffers on `device`."""
+    model = empty_model(config, dtype, trust_remote_code)
+    move_buffers(model, device)
+    return model
+
+
 def _decoder_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     try:
         return cast(nn.ModuleList, model.get_submodule(family.layers))
@@ -357,45 +359,3 @@ def _decoder_layers(model: PreTrainedModel, family: Family) -> nn.ModuleList:
             f"{type(model).__name__} has no {family.layers}: a causal language model is needed, such as "
             "AutoModelForCausalLM.from_pretrained gives."
         ) from error
-
-
-def _check_dtypes(model: PreTrainedModel, names: NameMap, checkpoint: Checkpoint) -> None:
-    """Raise InputError where a floating-point parameter is stored as something else, such as packed integers or fp8."""
-    state = model.state_dict()
-    for key, pieces in names.pieces.items():
-        for piece in pieces:
-            stored = checkpoint.info(piece.tensor).dtype
-            if state[key].is_floating_point() and stored not in _FLOATS:
-                raise InputError(
-                    f"{checkpoint.folder}: tensor {piece.tensor} is {stored}; expected float32, bfloat16, float16 or float64. "
-                    "It looks quantised: start from the unquantised checkpoint."
-                )
-
-
-def _move_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Bring the buffers that no checkpoint holds (rotary tables) to the compute device."""
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
-
-
-def _compute_dtype(name: DTypeName, device: torch.device, config: PretrainedConfig) -> torch.dtype:
-    if name != "auto":
-        return getattr(torch, name)
-    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return torch.float32 if device.type == "cpu" else own
-
-
-def _entry(module: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
-
-
-def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    place: Any = module.get_submodule(owner)
-    if leaf in place._parameters:
-        place._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        place._buffers[leaf] = tensor

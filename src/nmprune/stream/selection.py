@@ -70,3 +70,8 @@ def _check_fits(index: int, linear: Linear, pattern: Pattern) -> None:
         raise InputError(
             f"decoder layer {index}, {linear.role}: {text} (weight shape {linear.shape}, {linear.name})"
         ) from None
+
+
+def stage_of(linear: Linear) -> str:
+    """What execution reaches together: one shared input, or all experts of a kind (all gate_up, all down)."""
+    return linear.shared_input if linear.in_module.expert is None else linear.parameter

@@ -18,12 +18,13 @@ from nmprune.stats import InputStats
 from nmprune.stream import per_linear
 from nmprune.stream.calls import LayerCalls
 from nmprune.stream.experts import observable_experts
+from nmprune.stream.heap import give_back
 from nmprune.stream.hidden_states import HiddenStates
 from nmprune.stream.layer_done import LayerDone, LayerStep, LinearDone, StreamOptions
 from nmprune.stream.model import DecoderModel
 from nmprune.stream.observe import LayerObserver
 from nmprune.stream.phases import Phases
-from nmprune.stream.selection import LayerSelection
+from nmprune.stream.selection import LayerSelection, stage_of
 
 _TOKENS_PER_BATCH = 2048
 
@@ -62,9 +63,10 @@ def prune_layers(
     Raises:
         InputError: a method needs calibration and there is none; a linear cannot be pruned (the message names it).
     """
-    walk = _Walk(model, windows, method, pattern, selections, options or StreamOptions(), finished)
+    walk = _Walk(model, windows, method, pattern, selections, options or StreamOptions(), finished, restart)
+    del restart  # hidden states that are copied into the walk's own; one copy is enough
     with observable_experts(model.config):
-        yield from walk.run(restart, scratch)
+        yield from walk.run(scratch)
 
 
 def default_batch_size(seq_len: int) -> int:
@@ -82,6 +84,7 @@ class _Walk:
         selections: Sequence[LayerSelection],
         options: StreamOptions,
         finished: Finished,
+        restart: tuple[int, Tensor] | None,
     ) -> None:
         if method.needs and windows is None:
             raise InputError(
@@ -92,15 +95,17 @@ class _Walk:
         self.model, self.method, self.pattern = model, method, pattern
         self.selections, self.options, self.finished = selections, options, finished
         self.windows = windows if method.needs else None
+        self.restart = restart
         self.calls: dict[int, LayerCalls] = {}
         self.phases = Phases(model.device)
 
-    def run(self, restart: tuple[int, Tensor] | None, scratch: Path | None) -> Iterator[LayerStep | LayerDone]:
+    def run(self, scratch: Path | None) -> Iterator[LayerStep | LayerDone]:
         hidden = None
+        first = self.restart[0] if self.restart is not None else 0
         if self.windows is not None:
-            hidden = self._embed(self.windows, restart, scratch)
+            hidden = self._embed(self.windows, scratch)
         try:
-            for index in range(restart[0] if restart else 0, self.model.n_layers):
+            for index in range(first, self.model.n_layers):
                 if not self._has_work(index) or (hidden is None and not self.selections[index].prune):
                     yield LayerDone(index, (), self.selections[index].dense)
                 else:
@@ -113,14 +118,16 @@ class _Walk:
         """Whether this layer or a later one is to be pruned: past that nobody needs its output."""
         return any(selection.prune for selection in self.selections[index:])
 
-    def _embed(self, windows: Tensor, restart: tuple[int, Tensor] | None, scratch: Path | None) -> HiddenStates:
+    def _embed(self, windows: Tensor, scratch: Path | None) -> HiddenStates:
         size = self.options.batch_size or default_batch_size(windows.shape[1])
         with self.phases("read"):
             hidden, self.calls = self.model.embed(windows, size, self.options.hidden_budget, scratch)
-        if restart is not None:
-            if restart[1].shape != hidden.all.shape:
-                raise ValueError(f"restart from {tuple(restart[1].shape)}, expected {tuple(hidden.all.shape)}")
-            hidden.all.copy_(restart[1])
+        if self.restart is not None:
+            kept = self.restart[1]
+            if kept.shape != hidden.all.shape:
+                raise ValueError(f"restart from {tuple(kept.shape)}, expected {tuple(hidden.all.shape)}")
+            hidden.all.copy_(kept)
+            self.restart = None
         self.batches = hidden.batches(size)
         return hidden
 
@@ -167,7 +174,7 @@ class _Walk:
             return [list(selection.prune)]
         stages: dict[str, list[Linear]] = {}
         for linear in selection.prune:
-            stages.setdefault(_stage_name(linear), []).append(linear)
+            stages.setdefault(stage_of(linear), []).append(linear)
         return list(stages.values())
 
     def _stage(
@@ -198,6 +205,7 @@ class _Walk:
             done.append(self._linear(layer, linear, stats.get(linear.shared_input, InputStats(0))))
             if last_use[linear.shared_input] is linear:
                 stats.pop(linear.shared_input, None)  # a Gram matrix and its factor are large
+            give_back()
             yield steps.next("solve")
         per_linear.apply(layer, stage, {one.name: one.pruned for one in done})
 
@@ -220,11 +228,6 @@ class _Walk:
                 if keep:
                     hidden.put(batch, output)
             yield steps.next(phase)
-
-
-def _stage_name(linear: Linear) -> str:
-    """Experts of one kind (all gate_up, all down) are reached together."""
-    return linear.shared_input if linear.in_module.expert is None else linear.parameter
 
 
 class _Steps:

@@ -17,7 +17,7 @@ def test_an_unknown_family_names_near_matches_and_how_to_add_one():
         find_family("qwen4")
     text = str(error.value)
     assert text.startswith("model_type 'qwen4' has no table of decoder layers and linears. Did you mean 'qwen")
-    assert "Known: gemma, gemma2, gemma3_text, gpt2," in text
+    assert "Known: cohere, cohere2, gemma, gemma2, gemma3, gemma3_text, gpt2," in text
     assert "src/nmprune/architectures" in text and "CONTRIBUTING.md" in text
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tiny_models
-from nmprune.architectures import View, find_family, linears_of_layer
+from nmprune.architectures import View, find_family, linears_of_layer, starred
 from nmprune.errors import InputError
 
 
@@ -92,3 +92,15 @@ def test_shared_inputs():
     assert shared["self_attn.v_proj"] == shared["self_attn.q_proj"] == "self_attn.q_proj"
     assert shared["mlp.up_proj"] == "mlp.gate_proj"
     assert len(set(shared.values())) == 4
+
+
+def test_numbers_in_a_name_become_stars():
+    assert starred("model.layers.3.mlp.experts.12.w1.weight") == "model.layers.*.mlp.experts.*.w1.weight"
+    assert starred("lm_head") == "lm_head"
+
+
+def test_a_norm_in_the_shape_of_a_matrix_stays_dense_and_a_vector_is_not_listed():
+    linears, dense = linears_of_layer(*layer("cohere_command_r_plus"))
+    assert dense == {"self_attn.q_norm": "norm, not a linear", "self_attn.k_norm": "norm, not a linear"}
+    assert not any("norm" in one.role for one in linears)
+    assert linears_of_layer(*layer("qwen3"))[1] == {}

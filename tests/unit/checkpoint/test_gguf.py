@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from nmprune.checkpoint import Checkpoint, dequantise_gguf
-from nmprune.checkpoint.gguf import cache_folder
+from nmprune.checkpoint.gguf import cache_folder, gguf_config
 from nmprune.errors import InputError
 
 HIDDEN, FEED_FORWARD, LAYERS, HEADS = 64, 96, 2, 4
@@ -138,3 +142,84 @@ def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(InputError, match=r"cannot be kept here .* set NMPRUNE_CACHE"):
         dequantise_gguf(tmp_path / "tiny.gguf", tmp_path / "cache" / "sub")
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_its_files_have_the_ordinary_mode(tmp_path: Path, umask: None) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    folder = dequantise_gguf(tmp_path / "tiny.gguf", tmp_path / "cache")
+    assert (folder / "model.safetensors").is_file()
+    assert {mode(file) for file in folder.iterdir()} == {0o640}
+    assert mode(folder) == 0o750
+
+
+def test_a_full_disk_is_told_however_safetensors_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedModel
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(InputError, match=r"cannot be kept here \(.*No space left on device.* set NMPRUNE_CACHE"):
+        dequantise_gguf(tmp_path / "tiny.gguf", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_folder_gets_its_name_after_the_files_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    flush, rename = os.fsync, Path.rename
+
+    def fsync(descriptor: int) -> None:
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        flush(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(self, target)
+
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    folder = dequantise_gguf(tmp_path / "tiny.gguf", tmp_path / "cache")
+    assert {file.name for file in folder.iterdir()} <= set(events[: events.index("rename")])
+
+
+def test_the_config_comes_from_the_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    file, cache = tmp_path / "tiny.gguf", tmp_path / "cache"
+    write_gguf(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+        folder = gguf_config(file, cache)
+        assert gguf_config(file, cache) == folder
+    assert [entry.name for entry in cache.iterdir()] == [folder.name]
+    assert [entry.name for entry in folder.iterdir()] == ["config.json"]
+    whole = dequantise_gguf(file, cache)
+    assert folder.name == f"{whole.name}.config"
+    assert gguf_config(file, cache) == whole
+    by_header, by_weights = (AutoConfig.from_pretrained(place).to_dict() for place in (folder, whole))
+    different = {key for key in by_weights if by_header.get(key) != by_weights[key]}
+    assert different <= {"architectures", "transformers_version", "_name_or_path"}
+
+
+def test_the_config_of_what_is_no_gguf(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "odd.gguf", architecture="nosuch")
+    with pytest.raises(InputError, match=r"odd\.gguf: transformers cannot read this GGUF model \(.*nosuch"):
+        gguf_config(tmp_path / "odd.gguf", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    with pytest.raises(InputError, match=r"y\.gguf: cannot be read"):
+        gguf_config(tmp_path / "y.gguf", tmp_path / "cache")

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from checkpoint_folders import tensors, write_folder
-from nmprune.checkpoint import display_name, locate
+from nmprune.checkpoint import display_name, locate, locate_config
 from nmprune.errors import InputError
 
 # The package's function of the same name hides the module.
@@ -115,3 +115,26 @@ def test_display_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert display_name("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
     monkeypatch.chdir(tmp_path / "My-Model")
     assert display_name(".") == "My-Model"
+
+
+def test_of_a_hub_model_only_the_config_is_fetched(hub: list[dict[str, Any]]) -> None:
+    with pytest.raises(InputError, match=r"someone/some-model: no such folder here.*the hub did not give it"):
+        locate_config("someone/some-model")
+    assert [call["local_files_only"] for call in hub] == [True, False]
+    for call in hub:
+        assert call["allow_patterns"] == ["config.json", "generation_config.json", "*.py"]
+
+
+def test_a_hub_model_without_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(InputError, match=r"someone/model: the hub's copy has no config\.json"):
+        locate_config("someone/model")
+
+
+def test_the_config_of_a_gguf_needs_no_dequantising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "dequantise_gguf", None)
+    monkeypatch.setattr(MODULE, "gguf_config", lambda file: tmp_path / "config" / file.stem)
+    monkeypatch.setattr(MODULE, "_demo_file", lambda: Path("demo.gguf"))
+    assert locate_config("some/model.gguf") == tmp_path / "config" / "model"
+    assert locate_config("smollm2-135m") == tmp_path / "config" / "demo"
+    assert locate_config(str(tmp_path)) == tmp_path

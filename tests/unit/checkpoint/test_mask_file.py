@@ -261,3 +261,18 @@ def test_failed_write_keeps_the_old_file(mixed: MaskFile, tmp_path: Path, monkey
         write_masks(path, mixed)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_checking_reads_the_bits_once() -> None:
+    whole = TensorMask.from_mask(torch.tensor([[True, True, False, False]]), P24)
+    reads = []
+
+    def read() -> torch.Tensor:
+        reads.append(1)
+        return whole.packed
+
+    lazy = TensorMask(read, whole.shape, P24)
+    lazy.check_structure()
+    assert len(reads) == 1
+    lazy.check("w")
+    assert len(reads) == 2

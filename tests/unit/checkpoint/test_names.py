@@ -77,7 +77,8 @@ def test_a_tied_head_needs_no_tensor_of_its_own(tmp_path):
 def test_a_tied_model_may_hold_the_head_alone(tmp_path):
     tensors = saved("llama_tied", tmp_path)
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
-    assert mapped("llama_tied", tensors).pieces["lm_head.weight"] == (Piece("lm_head.weight"),)
+    pieces = mapped("llama_tied", tensors).pieces
+    assert pieces["lm_head.weight"] == pieces["model.embed_tokens.weight"] == (Piece("lm_head.weight"),)
 
 
 def test_the_old_name_of_gpt_neox_head(tmp_path):

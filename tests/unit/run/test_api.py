@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import stat
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -227,3 +230,20 @@ def test_the_public_names_are_there():
     assert all(hasattr(nmprune, name) for name in nmprune.__all__)
     with pytest.raises(AttributeError, match="no attribute 'prun'"):
         nmprune.prun  # noqa: B018
+
+
+@pytest.mark.parametrize("kwargs", [{"exclude": "*.nothing"}, {"calibration": torch.full((2, 8), 96)}])
+def test_a_failed_prune_in_memory_gives_training_mode_back(kwargs):
+    model = tiny_models.build("llama").train()
+    with pytest.raises(InputError):
+        prune(model, None, **kwargs)
+    assert model.training and model.model.layers[0].mlp.training
+
+
+def test_the_saved_base_has_files_of_ordinary_mode(tmp_path):
+    before = os.umask(0o027)
+    try:
+        prune(tiny_models.build("llama"), tmp_path / "run")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "run/base").iterdir()} == {0o640}

@@ -98,3 +98,12 @@ def test_a_pattern_that_contradicts_the_file_an_existing_out_and_a_sparse_model(
         apply_masks(run, str(run / "model"), tmp_path / "out")
     apply_masks(run, str(run / "model"), tmp_path / "out", allow_sparse=True)
     assert bits(tmp_path / "out") == bits(run / "model")
+
+
+def test_near_matches_are_looked_for_only_where_they_are_shown(made, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("nmprune.run.apply.near_matches", lambda name, known: asked.append(name) or "")
+    gpt2 = tiny_models.save("gpt2", tmp_path / "gpt2")
+    with pytest.raises(InputError, match=r"(?s)does not fit.*and 7 more"):
+        apply_masks(made[1], str(gpt2), tmp_path / "out")
+    assert len(asked) == 5

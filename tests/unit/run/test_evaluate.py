@@ -82,7 +82,9 @@ def test_a_damaged_saved_number_is_replaced_and_said(run):
 
 def test_a_plain_model_alone_and_a_pruned_one(made, tmp_path):
     for folder in (made[0], made[1] / "model"):
-        found = evaluate(str(folder), MEASURE)
+        seen = []
+        found = evaluate(str(folder), MEASURE, report=seen.append)
+        assert {one.stage for one in seen} == {"open", "measure"}
         assert [one.what for one in found.models] == ["model"]
         assert found.saved == ""
         assert found.models[0].perplexity.value == pytest.approx(whole_model_value(folder), rel=1e-5)

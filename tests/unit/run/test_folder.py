@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from nmprune.run.recipe import Recipe
 from nmprune.stream import LayerDone, LinearDone
 
 RECIPE = Recipe("m", Wanda(), Pattern(2, 4))
+CPU = "float32 on cpu"
 
 
 def begun(path: Path) -> RunFolder:
@@ -124,9 +126,54 @@ def test_a_lock_that_was_deleted_under_us_is_not_ours(tmp_path, monkeypatch):
 
 def test_sessions_are_counted_and_the_weights_must_stay(tmp_path):
     folder = begun(tmp_path)
-    assert [folder.count_session("abc"), folder.count_session("abc")] == [1, 2]
+    assert [folder.count_session("abc", CPU), folder.count_session("abc", CPU)] == [1, 2]
     with pytest.raises(InputError, match="begun on other weights: the model has changed since"):
-        folder.count_session("def")
+        folder.count_session("def", CPU)
+
+
+@pytest.mark.parametrize("other", ["bfloat16 on cuda", "float32 on mps", "bfloat16 on cpu"])
+def test_sessions_compute_alike(other, tmp_path):
+    folder = begun(tmp_path)
+    folder.count_session("abc", CPU)
+    with pytest.raises(InputError, match=rf"begun in {CPU}; here it would go on in {other}.*--device cpu.*--dtype"):
+        folder.count_session("abc", other)
+    assert folder.count_session("abc", CPU) == 2
+
+
+def test_tensor_files_have_the_mode_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "a", {"x": torch.ones(3)}, {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+WRITE = """
+import os, sys
+from pathlib import Path
+import torch
+from nmprune.run import folder
+def killed(*args, **kwargs):
+    (args[1].parent / ".tmpAbCdEf").write_bytes(b"half")
+    os.kill(os.getpid(), 9)
+folder.save_file = killed
+folder.write_tensors(Path(sys.argv[1]), {"x": torch.ones(3)}, {})
+"""
+
+
+def test_what_a_killed_session_was_writing_is_deleted_by_the_next(tmp_path):
+    folder = begun(tmp_path)
+    for file in (folder.tokens_file, folder.layer_file(0)):
+        assert subprocess.run([sys.executable, "-c", WRITE, file], check=False).returncode == -9
+    (tmp_path / "masks.safetensors.partial").write_bytes(b"half")
+    (folder.progress / "sessions.json.partial").write_bytes(b"half")
+    (tmp_path / "notes.partial").write_text("the user's")
+    assert (tmp_path / "calibration.safetensors.partial").exists()
+    begun(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["notes.partial", "progress", "recipe.yaml"]
+    assert [file.name for file in folder.progress.iterdir()] == ["lock"]
 
 
 def test_tokens_are_kept(tmp_path):

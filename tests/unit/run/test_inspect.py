@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -101,6 +102,7 @@ def test_what_is_none_of_these(tmp_path):
 
 
 def test_a_gguf_is_read_from_its_header_alone(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("NMPRUNE_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF" + b"\xff" * 400)
     with pytest.raises(InputError, match=r"m\.gguf: transformers cannot read this GGUF model"):
@@ -115,3 +117,24 @@ def test_a_gguf_is_read_from_its_header_alone(made, tmp_path, monkeypatch):
     assert isinstance(found, ModelFacts)
     assert found.dtype.startswith("GGUF: dequantised")
     assert (found.folder, found.parameters) == ("", 24736)
+
+
+def test_an_uncached_sharded_model_of_the_hub_is_told_by_its_config(made, tmp_path, monkeypatch):
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    shutil.copy(made[0] / "config.json", snapshot)
+    index = {"weight_map": {"lm_head.weight": "model-00007-of-00007.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    found = inspect("someone/model")
+    assert isinstance(found, ModelFacts)
+    assert (found.folder, found.parameters) == ("", 24736)
+    with pytest.raises(InputError, match=r"names model-00007-of-00007\.safetensors, which is absent"):
+        inspect(str(snapshot))
+
+
+def test_the_config_of_a_sparse_model_alone(made, tmp_path):
+    shutil.copy(made[1] / "model" / "config.json", tmp_path)
+    found = inspect(str(tmp_path))
+    assert isinstance(found, ModelFacts)
+    assert found.pruned["pattern"] == "2 kept of 4"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nmprune.errors import InputError
-from nmprune.run.machine import Machine, PeakMemory, describe
+from nmprune.run.machine import Machine, PeakMemory, compute_words, describe
 
 
 def test_auto_takes_an_accelerator_where_there_is_one(monkeypatch):
@@ -57,7 +57,9 @@ def test_threads_are_set_only_where_asked():
 
 
 def test_the_description_says_where_numbers_come_from():
-    machine = describe(torch.device("cpu"))
+    machine = describe(torch.device("cpu"), torch.bfloat16)
+    assert machine["dtype"] == "bfloat16"
+    assert compute_words(torch.float32, torch.device("cuda", 1)) == "float32 on cuda"
     assert machine["device"] == "cpu" and machine["processor"]
     assert machine["threads"] == torch.get_num_threads()
     assert machine["torch"] == torch.__version__

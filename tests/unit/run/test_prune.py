@@ -50,6 +50,7 @@ def test_a_run_leaves_what_it_promises(model, tmp_path):
     assert {"read", "forward", "statistics", "solve", "measure", "write"} <= set(results.seconds)
     assert all(seconds >= 0 for seconds in results.seconds.values())
     assert results.sessions == 1 and results.updates_weights
+    assert (results.machine["device"], results.machine["dtype"]) == ("cpu", "float32")
     assert len(results.linears) == 14 and all(0 < one.output_error < 1 for one in results.linears)
     assert (
         results.weights_kept * 2
@@ -102,6 +103,26 @@ def test_the_model_describes_itself(model, tmp_path):
     assert {"linears": "model.layers.*.mlp.down_proj", "count": 2, "reason": "excluded by '*.down_proj'"} in described[
         "dense"
     ]
+
+
+def test_a_run_begun_on_another_kind_of_device_is_not_mixed(model, tmp_path):
+    def stop(one: Progress) -> None:
+        if one.text.startswith("decoder layer 1/"):
+            raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, out, report=stop)
+    sessions = out / "progress" / "sessions.json"
+    begun = json.loads(sessions.read_text())
+    assert begun["compute"] == "float32 on cpu"
+    sessions.write_text(json.dumps({**begun, "compute": "bfloat16 on cuda"}))
+    with pytest.raises(
+        InputError, match=r"begun in bfloat16 on cuda; here it would go on in float32 on cpu.*--device cuda"
+    ):
+        prune(model, out)
+    sessions.write_text(json.dumps(begun))
+    assert prune(model, out).results.sessions == 2
 
 
 def test_the_card_says_what_was_done(model, tmp_path):

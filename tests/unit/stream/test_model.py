@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -109,3 +111,58 @@ def test_the_compute_dtype_on_a_cpu_is_fp32_unless_said(tmp_path):
     tiny_models.save("llama", tmp_path, dtype=torch.bfloat16)
     assert DecoderModel.open(tmp_path).dtype == torch.float32
     assert DecoderModel.open(tmp_path, dtype="float16").dtype == torch.float16
+
+
+def test_auto_on_an_accelerator_is_what_the_config_says_or_most_weights_are(tmp_path):
+    # the meta device stands in for an accelerator: opening computes nothing
+    tiny_models.save("llama", tmp_path, dtype=torch.bfloat16)
+    assert DecoderModel.open(tmp_path, device="meta").dtype == torch.bfloat16
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors = {name: t.float() if t.dim() == 1 else t.half() for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps({key: value for key, value in said.items() if key != "dtype"}))
+    assert DecoderModel.open(tmp_path, device="meta").dtype == torch.float16
+    assert DecoderModel.open(tmp_path).dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [DecoderModel.open, DecoderModel.from_config])
+def test_computed_buffers_go_to_the_device(make, tmp_path):
+    decoder = make(tiny_models.save("llama", tmp_path), device="meta")
+    assert {buffer.device.type for buffer in decoder.model.buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
+def test_nothing_stays_after_the_models_ends(name, tmp_path):
+    decoder = DecoderModel.open(tiny_models.save(name, tmp_path))
+    for ends in (decoder.embedding, decoder.head):
+        with ends():
+            assert not decoder.model.get_input_embeddings().weight.is_meta
+        assert all(one.is_meta for _, one in decoder.model.named_parameters(remove_duplicate=False))
+    with pytest.raises(ZeroDivisionError), decoder.head():
+        raise ZeroDivisionError
+    assert decoder.model.get_output_embeddings().weight.is_meta
+
+
+def test_a_tied_model_whose_file_holds_the_head_alone(tmp_path):
+    tiny_models.save("llama_tied", tmp_path)
+    file, windows = tmp_path / "model.safetensors", tiny_models.windows(2)
+    expected = DecoderModel.open(tmp_path).embed(windows, 2, 1 << 20)[0].get(slice(0, 2))
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    decoder = DecoderModel.open(tmp_path)
+    assert torch.equal(decoder.embed(windows, 2, 1 << 20)[0].get(slice(0, 2)), expected)
+    with decoder.head():
+        assert torch.equal(decoder.model.lm_head.weight, tensors["lm_head.weight"])
+
+
+def test_matrices_of_any_module_outside_the_layers_are_listed():
+    decoder = DecoderModel.from_model(tiny_models.build("gemma3"))
+    dense = {one.name: (one.shape, one.reason) for one in decoder.dense_outside()}
+    outside = "outside the decoder layers: dense"
+    patches = next(name for name in dense if name.endswith("patch_embedding"))
+    assert dense[patches] == ((16, 3, 14, 14), outside)
+    assert dense["model.multi_modal_projector.mm_input_projection_weight"] == ((16, 32), outside)
+    assert dense["lm_head"][1].startswith("head")
+    assert not any("bias" in name or name.startswith(decoder.family.layers) for name in dense)

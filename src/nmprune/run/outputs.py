@@ -31,6 +31,7 @@ from nmprune.run.machine import PeakMemory
 from nmprune.run.progress import Progress, Report
 from nmprune.run.recipe import Recipe
 from nmprune.stream import DecoderModel, LayerSelection
+from nmprune.stream.heap import give_back
 from nmprune.version import VERSION
 
 
@@ -69,6 +70,8 @@ class Outputs:
     def _pruned(self, index: int) -> dict[str, Pruned]:
         """A layer's masks and weights; the last one asked for is kept, as tensors come layer by layer."""
         if self._open is None or self._open[0] != index:
+            self._open = None
+            give_back()
             self._open = (index, self._saved(index).pruned())
         return self._open[1]
 

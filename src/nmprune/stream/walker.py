@@ -228,6 +228,7 @@ class _Walk:
                 if keep:
                     hidden.put(batch, output)
             yield steps.next(phase)
+        give_back()  # activations of several MiB each, kept in pieces, would lie under the solver's peak
 
 
 class _Steps:

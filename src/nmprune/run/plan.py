@@ -55,7 +55,13 @@ def plan(
         dtype = "bfloat16"
     machine.set_threads()
     folder = find_config(recipe.model)
-    model = DecoderModel.from_config(folder, device=device, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+    model = DecoderModel.from_config(
+        folder,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=recipe.trust_remote_code,
+        allow_sparse=recipe.allow_sparse,
+    )
     selections = select(model, recipe.pattern, recipe.exclude)
     sizes = _Sizes(recipe, machine, model, selections)
     on_accelerator = device_memory is not None or device.type != "cpu"
@@ -155,7 +161,7 @@ class _Sizes:
 
         Args:
             on_accelerator: count only what lies there.
-            rehearsed: peak bytes of two rehearsed layers with two batches; None = add up sizes.
+            rehearsed: peak bytes of the rehearsed layers, their hidden states included; None = add up sizes.
         """
         if on_accelerator:
             stages = {"layers": self._layer_stage(hidden=False)}
@@ -167,9 +173,8 @@ class _Sizes:
             base["tokenizer and text"] = _AFTER_TEXT
         layers = {**base, **self._layer_stage(hidden=True)}
         if rehearsed is not None:
-            rehearsed_hidden = (
-                rehearsal.N_BATCHES * self.batch[0] * self.batch[1] * self.hidden_size * self.compute_size
-            )
+            rehearsed_tokens = rehearsal.N_BATCHES * self.batch[0] * self.batch[1] if self.calibrated else 0
+            rehearsed_hidden = rehearsed_tokens * self.hidden_size * self.compute_size
             layers = {
                 "libraries, decoder layer, statistics, forward, solver (rehearsed)": rehearsed - rehearsed_hidden,
                 "hidden states": self._hidden_in_memory(),

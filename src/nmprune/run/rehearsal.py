@@ -43,6 +43,7 @@ class _Rehearsed(DecoderModel):
             device=device,
             dtype=recipe.dtype,  # type: ignore[arg-type]
             trust_remote_code=recipe.trust_remote_code,
+            allow_sparse=recipe.allow_sparse,
         )
         model.n_layers = min(N_LAYERS, model.n_layers)
         return model

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__)
     made.add_argument("what", choices=("prune", "plan", "solver"))
     made.add_argument("--model", help="HF folder")
-    made.add_argument("--method", default="wanda")
+    made.add_argument("--method", default="wanda", help="with what follows it: descent+reconstruct, wanda+permute")
     made.add_argument("--pattern", default="2:4")
     made.add_argument("--tokens", type=Path, help="calibration.safetensors")
     made.add_argument("--n-sequences", type=int, default=32)
@@ -51,12 +52,15 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         "n_sequences": arguments.n_sequences,
         "seq_len": arguments.seq_len,
     }
+    method, *parts = arguments.method.split("+")  # descent+reconstruct, wanda+permute
+    steps = {part: "all" if part == "permute" else "true" for part in parts}
     return Recipe.from_dict(
         {
             "model": arguments.model,
-            "method": arguments.method,
+            "method": method,
             "pattern": arguments.pattern,
             "calibration": calibration,
+            **steps,
         }
     )
 
@@ -82,7 +86,16 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, object]:
         "weights_in_linears": results.weights_in_linears,
         "weights_kept": results.weights_kept,
         "global_sparsity": results.global_sparsity,
+        "updates_weights": results.updates_weights,
+        "output_error": mean(one.output_error for one in results.linears),
+        "guarded": mean(one.notes.get("reconstruct_taken") for one in results.linears),
     }
+
+
+def mean(values: Iterable[object]) -> float | None:
+    """Of those that are numbers; None where there are none."""
+    numbers = [float(one) for one in values if isinstance(one, int | float)]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def run_plan(arguments: argparse.Namespace) -> dict[str, object]:

@@ -26,14 +26,19 @@ from measurement import (
 from torch import Tensor
 
 from nmprune.calibration import consecutive_windows, load_text
-from nmprune.checkpoint import locate
+from nmprune.checkpoint import Checkpoint, locate
+from nmprune.evaluate.layer_error import layer_errors
 from nmprune.evaluate.perplexity import summarise
 from nmprune.evaluate.streamed import streamed_nlls
 from nmprune.methods import METHODS
+from nmprune.run.folder import RunFolder
+from nmprune.run.permuted_base import permuted_base
 from nmprune.run.tokens import load_tokenizer
-from nmprune.stream import DecoderModel
+from nmprune.stream import DecoderModel, select
 
 TEXTS = ("wikitext2", "c4")
+PHASES = ("forward", "statistics", "solve")
+HELD_OUT_WINDOWS = 4
 
 
 def main() -> None:
@@ -42,6 +47,7 @@ def main() -> None:
     find_data()
     ledger = Ledger("quality", arguments)
     texts = {name: evaluation_windows(arguments, name) for name in arguments.texts}
+    unseen = held_out_windows(arguments)
     on = " ".join(sorted(texts))
     size = {"windows": arguments.max_windows, "seq_len": arguments.seq_len, "texts": on}
     calibration = text_source(arguments.calibration)
@@ -52,14 +58,16 @@ def main() -> None:
             for seed in arguments.seeds:
                 key = {"model": arguments.model, "method": method, "pattern": arguments.pattern}
                 key |= {"calibration": calibration, "n_sequences": arguments.n_sequences, "seed": seed, **size}
-                ledger.row(key, partial(measure, Path(place), key, arguments, texts))
+                ledger.row(key, partial(measure, Path(place), key, arguments, texts, unseen))
     show(ledger)
 
 
 def read_arguments() -> argparse.Namespace:
     made = parser(__doc__ or "")
     add_text_flags(made, n_sequences=16)
-    made.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), help="rows")
+    made.add_argument(
+        "--methods", nargs="*", default=list(METHODS), help="rows; with steps: wanda+polish, descent+reconstruct"
+    )
     made.add_argument("--pattern", default="2:4", help="N kept of M")
     made.add_argument("--seeds", nargs="*", type=int, default=[0], help="calibration windows; one row each")
     made.add_argument("--texts", nargs="*", default=list(TEXTS), help="texts to evaluate on")
@@ -71,6 +79,25 @@ def read_arguments() -> argparse.Namespace:
 def evaluation_windows(arguments: argparse.Namespace, name: str) -> Tensor:
     tokenizer = load_tokenizer(locate(arguments.model))
     return consecutive_windows(load_text(name, "evaluation"), tokenizer, arguments.seq_len, arguments.max_windows)
+
+
+def held_out_windows(arguments: argparse.Namespace) -> Tensor:
+    """For output errors of linears: text that neither calibrates nor is evaluated."""
+    tokenizer = load_tokenizer(locate(arguments.model))
+    source = text_source(arguments.calibration)
+    text = load_text("builtin" if source == "random" else source, "choose")
+    return consecutive_windows(text, tokenizer, arguments.seq_len, HELD_OUT_WINDOWS)
+
+
+def held_out_error(run: Path, unseen: Tensor) -> float:
+    """Mean over linears of the relative squared output error on unseen text."""
+    folder = RunFolder(run)
+    recipe, pruned = folder.read_recipe(), DecoderModel.open(folder.model, allow_sparse=True)
+    base = Checkpoint.open(locate(recipe.model))
+    if folder.permutation_file.is_file():
+        base = permuted_base(folder, recipe, base)
+    errors = layer_errors(base, pruned, select(pruned, recipe.pattern, recipe.exclude), unseen)
+    return sum(errors.values()) / len(errors)
 
 
 def perplexities(folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
@@ -85,7 +112,7 @@ def perplexities(folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def measure(
-    place: Path, key: dict[str, Any], arguments: argparse.Namespace, texts: dict[str, Tensor]
+    place: Path, key: dict[str, Any], arguments: argparse.Namespace, texts: dict[str, Tensor], unseen: Tensor
 ) -> dict[str, Any]:
     """Prune in a fresh process, evaluate, delete."""
     model = locate(arguments.model)
@@ -95,7 +122,7 @@ def measure(
     words = ["--model", model, "--method", key["method"], "--pattern", key["pattern"], "--tokens", tokens, "--out", run]
     words += ["--n-sequences", key["n_sequences"], "--seq-len", key["seq_len"]]
     pruned = run_child(sys.executable, "nmprune_run.py", ["prune", *words], arguments.threads)
-    found = perplexities(run / "model", texts)
+    found = {**perplexities(run / "model", texts), "held_out_error": held_out_error(run, unseen)}
     shutil.rmtree(run)
     return {**found, "run": pruned, "calibration": origin}
 
@@ -108,10 +135,10 @@ def show(ledger: Ledger) -> None:
         rows = [
             cells(row, names)
             for row in ledger.rows
-            if row["key"]["method"] == "dense" or METHODS[row["key"]["method"]].updates_weights == moves
+            if row["key"]["method"] == "dense" or row["values"]["run"]["updates_weights"] == moves
         ]
         columns = ["method", "pattern", "calibration", "seed", *(f"token perplexity, {labels[name]}" for name in names)]
-        columns += ["global sparsity", "run (s)", "solve (s)", "peak (MiB)"]
+        columns += ["output error", "on unseen text", "global sparsity", "run (s)", *PHASES, "peak (MiB)"]
         tables.append(Table(title, columns, rows))
     sizes = {(row["key"]["windows"], row["key"]["seq_len"]) for row in ledger.rows}
     notes = [
@@ -119,6 +146,16 @@ def show(ledger: Ledger) -> None:
     ]
     origins = {row["values"]["calibration"] for row in ledger.rows if "calibration" in row["values"]}
     notes += [f"Calibrated on {origin}." for origin in sorted(origins)]
+    notes.append(
+        "Output error: mean over linears of ||X (W' - W)^T||^2 / ||X W^T||^2, X the linear's inputs in the pruned model: on "
+        f"the calibration tokens, and on {HELD_OUT_WINDOWS} windows of the same source that nothing was calibrated on. Methods "
+        "that aim at the dense model's output (descent, reconstruct) make up for earlier layers and do not minimise it. "
+        "Phases in seconds."
+    )
+    guarded = [one for row in ledger.rows if (one := row["values"].get("run", {}).get("guarded")) is not None]
+    if guarded:
+        share = f"{min(guarded):.0%} to {max(guarded):.0%}"
+        notes.append(f"Reconstruct's held-out guard took the new weights of {share} of the linears.")
     notes.append("Head and embedding stay dense, and no other linear. Run: everything after the imports.")
     ledger.show("One-shot methods on the same tokens", tables, notes)
 
@@ -128,10 +165,13 @@ def cells(row: dict[str, Any], names: list[str]) -> list[str]:
     scores = [values["perplexity"].get(name) for name in names]
     shown = [f"{one['value']:,.1f} +- {one['error']:,.1f}" if one else "" for one in scores]
     if key["method"] == "dense":
-        return ["dense", "", "", "", *shown, "0.0%", "", "", ""]
+        return ["dense", "", "", "", *shown, "0", "0", "0.0%", "", *["" for _ in PHASES], ""]
     run = values["run"]
     calibration = f"{key['calibration']}, {key['n_sequences']} x {key['seq_len']}"
-    numbers = [f"{run['global_sparsity']:.1%}", f"{run['run_seconds']:,.0f}", f"{run['phases'].get('solve', 0):,.1f}"]
+    errors = [run["output_error"], values["held_out_error"]]
+    numbers = ["" if one is None else f"{one:.4f}" for one in errors]
+    numbers += [f"{run['global_sparsity']:.1%}", f"{run['run_seconds']:,.0f}"]
+    numbers += [f"{run['phases'].get(phase, 0):,.1f}" for phase in PHASES]
     return [
         key["method"],
         key["pattern"],

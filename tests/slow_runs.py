@@ -12,6 +12,7 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,14 +31,18 @@ def context() -> ForkServerContext:
     return found
 
 
-def work(model: str, out: str, pause: dict[str, float], keep_hidden: bool) -> None:
-    """Prune with sparsegpt, pausing at every report of a stage; exits 2 with the text in `<out>.error` on an InputError.
+def work(
+    model: str, out: str, pause: dict[str, float], keep_hidden: bool, method: str, settings: dict[str, Any]
+) -> None:
+    """Prune, pausing at every report of a stage; exits 2 with the text in `<out>.error` on an InputError.
 
     Args:
         model: the folder.
         out: the run folder.
         pause: stage -> seconds; "card" is the moment between the finished model and results.json.
         keep_hidden: keep hidden states after every layer.
+        method: what prunes.
+        settings: other arguments of `nmprune.prune`.
     """
     torch.set_num_threads(1)
     if keep_hidden:
@@ -52,20 +57,29 @@ def work(model: str, out: str, pause: dict[str, float], keep_hidden: bool) -> No
     try:
         api.prune(
             model,
-            "sparsegpt",
+            method,
             "2:4",
             tiny_models.windows(),
             out,
             report=lambda one: time.sleep(pause.get(one.stage, 0)),
+            **settings,
         )
     except nmprune.InputError as error:
         Path(f"{out}.error").write_text(str(error))
         sys.exit(2)
 
 
-def start(model: Path, out: Path, pause: dict[str, float] | None = None, *, keep_hidden: bool = False) -> BaseProcess:
+def start(
+    model: Path,
+    out: Path,
+    pause: dict[str, float] | None = None,
+    *,
+    keep_hidden: bool = False,
+    method: str = "sparsegpt",
+    **settings: Any,
+) -> BaseProcess:
     """`work` in a process of its own."""
-    process = context().Process(target=work, args=(str(model), str(out), pause or {}, keep_hidden))
+    process = context().Process(target=work, args=(str(model), str(out), pause or {}, keep_hidden, method, settings))
     process.start()
     return process
 

@@ -34,8 +34,10 @@ def walk(
     for step in prune_layers(
         decoder, windows, chosen, PATTERN, selections, StreamOptions(**{"batch_size": 2, **(options or {})}), **kwargs
     ):
-        if isinstance(step, LayerDone) and step.hidden is not None:
-            object.__setattr__(step, "hidden", step.hidden.clone())
+        if isinstance(step, LayerDone):
+            for key in ("hidden", "dense_hidden"):
+                kept = getattr(step, key)
+                object.__setattr__(step, key, None if kept is None else kept.clone())
         found.append(step)
     return found
 

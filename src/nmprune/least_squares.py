@@ -37,8 +37,12 @@ def on_mask(
     start_OI: Tensor,
     iterations: int,
     tolerance: float = 1e-4,
+    pull_OI: Tensor | None = None,
 ) -> Solved:
     """Minimise the change of the output over the kept weights. The objective does not rise, whatever the iterations.
+
+    With `pull_OI` = P the objective is (w - w0)^T H (w - w0) - 2 p^T w for each row: P = W0 (D - X)^T X turns the target
+    X w0 into D w0, the output on other inputs D.
 
     Preconditioned with diag(H). Stops when every row's residual, in the norm of the preconditioner, is at most
     `tolerance` times that of its right-hand side H w0; rows that arrived earlier go on until then (it costs nothing), and
@@ -53,6 +57,7 @@ def on_mask(
         start_OI: fp32 (out, in), where to start; entries off the mask are ignored.
         iterations: at most so many.
         tolerance: see above.
+        pull_OI: fp32 (out, in), what the gradient gets besides; None = nothing.
     """
     diagonal_I = gram_II.diagonal() + loading_I
     inverse_I = torch.where(diagonal_I > 0, 1 / diagonal_I, 0.0)
@@ -69,6 +74,8 @@ def on_mask(
     direction_OI = dense_OI.contiguous() * scale_O1
     goal_O1 = tolerance**2 * _squared(multiply(direction_OI), inverse_I)
     residual_OI = multiply(direction_OI.sub_(weight_OI)).clone()
+    if pull_OI is not None:
+        residual_OI.addcmul_(pull_OI.contiguous() * scale_O1, kept_OI)
     torch.mul(residual_OI, inverse_I, out=direction_OI)
     left_O1 = _squared(residual_OI, inverse_I)
     going_O1 = torch.ones_like(left_O1, dtype=torch.bool)

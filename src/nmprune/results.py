@@ -27,7 +27,9 @@ class LinearResult:
         n_tokens: calibration tokens it saw; 0 for methods without calibration.
         seconds: time in the method.
         output_error: ||X (W' - W)^T||^2 / ||X W^T||^2 on the calibration tokens; null where no Gram matrix was collected.
+        held_out_error: the same on the held-out tokens alone; null where none were held out.
         notes: what the method recorded (damping steps, a fallback).
+        pattern: "N:M", what this linear was pruned to.
     """
 
     name: str
@@ -39,7 +41,9 @@ class LinearResult:
     n_tokens: int
     seconds: float
     output_error: float | None
+    held_out_error: float | None = None
     notes: dict[str, float | int | str] = field(default_factory=dict)
+    pattern: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,71 @@ class DenseResult:
 
 
 @dataclass(frozen=True)
+class AllocationResult:
+    """How mixed patterns were allocated; every linear's errors and choice are in allocation.json.
+
+    Attributes:
+        rule: "error" or "owl".
+        choices: patterns to choose from, and "dense", sparsest first.
+        density_asked: share of weights that might be kept, 0..1.
+        density: share that is kept, 0..1.
+        weights: of all linears that took part, those that stay dense included.
+        budget: of them, what might be kept.
+        kept: of them, what is kept; never more than `budget`.
+        error: sum of the relative output errors of what was chosen, one per linear (or experts of a kind), of Wanda's mask.
+        least_error: no allocation within the budget has a smaller sum.
+        exact: the sizes allow no larger `kept` within the budget.
+        roles: role -> choice -> how many linears got it.
+    """
+
+    rule: str
+    choices: tuple[str, ...]
+    density_asked: float
+    density: float
+    weights: int
+    budget: int
+    kept: int
+    error: float
+    least_error: float
+    exact: bool
+    roles: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class PermutationResult:
+    """Whether the channels of one space were reordered, and what for.
+
+    Attributes:
+        name: "residual", or the linear whose inputs the channels are.
+        kind: "ffn", "heads" or "residual".
+        layer: 0-based decoder layer; null for the residual stream.
+        linears: how many linears read the channels, experts counted one by one.
+        before: share of their squared scores that N:M keeps in the given order, 0..1, mean over the linears.
+        after: the same in the order that was taken; never less.
+        taken: blocks (experts, heads that share a key-value head, or one) that were reordered; 0 = nothing was gained.
+        blocks: of so many.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    linears: int
+    before: float
+    after: float
+    taken: int
+    blocks: int
+
+
+@dataclass(frozen=True)
 class Results:
     """What a finished pruning run found.
 
     Attributes:
         model: as the user named it.
         model_fingerprint: of the dense checkpoint.
-        method: name and every hyper-parameter.
-        pattern: "N:M", N kept of M.
-        pattern_words: "N kept of M".
+        method: name and every hyper-parameter; `loss_aware` with its settings where tokens were weighted.
+        pattern: "N:M", N kept of M; where patterns are mixed, all that occur, such as "1:4, 2:4".
+        pattern_words: "N kept of M"; mixed ones as "mixed: 1 kept of 4, 2 kept of 4".
         updates_weights: whether kept weights may have moved.
         calibration: source, split, n_sequences, seq_len, seed, n_tokens; null for methods without calibration.
         weights_in_linears: weights of the pruned linears.
@@ -68,7 +128,8 @@ class Results:
         parameters: all parameters of the checkpoint.
         global_sparsity: share of all the checkpoint's parameters that were pruned, 0..1.
         mask_checksum: sha256 of masks.safetensors.
-        seconds: wall clock by phase (read, forward, statistics, solve, measure, write) of the sessions that did the work.
+        seconds: wall clock by phase (gradients, read, forward, statistics, solve, measure, write) of the sessions that did
+            the work.
         sessions: how many times the run was started until it finished.
         peak_memory: bytes, peak RSS less the RSS after imports, of the last session; null where the process had used more
             before the run.
@@ -76,6 +137,8 @@ class Results:
         machine: processor, cores, threads, memory (bytes), device, dtype (of the forward passes), versions.
         linears: pruned linears in order.
         dense: linears that stayed dense.
+        allocation: how mixed patterns were allocated; null where every linear has the same.
+        permutation: which channels were reordered before pruning; empty where none were asked for.
     """
 
     model: str
@@ -97,6 +160,8 @@ class Results:
     machine: dict[str, Any]
     linears: tuple[LinearResult, ...]
     dense: tuple[DenseResult, ...]
+    allocation: AllocationResult | None = None
+    permutation: tuple[PermutationResult, ...] = ()
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -118,7 +183,10 @@ class Results:
                 )
             linears = tuple(LinearResult(**{**one, "shape": tuple(one["shape"])}) for one in raw.pop("linears"))
             dense = tuple(DenseResult(**{**one, "shape": tuple(one["shape"])}) for one in raw.pop("dense"))
-            return cls(linears=linears, dense=dense, **raw)
+            mixed = raw.pop("allocation", None)
+            allocation = AllocationResult(**{**mixed, "choices": tuple(mixed["choices"])}) if mixed else None
+            permutation = tuple(PermutationResult(**one) for one in raw.pop("permutation", ()))
+            return cls(linears=linears, dense=dense, allocation=allocation, permutation=permutation, **raw)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}. Is it a finished run folder?") from error
         except (ValueError, KeyError, TypeError) as error:

@@ -70,7 +70,7 @@ def test_every_flag_reaches_the_recipe(call, base, tmp_path):
     recipe = recipe_of(tmp_path / "run").to_dict()
     assert recipe["method"] == {"name": "sparsegpt", "damping": 0.05, "block_size": 128}
     assert recipe["exclude"] == ["*.o_proj", "*.down_proj"]
-    assert recipe["calibration"] == {"source": str(text), "n_sequences": 3, "seq_len": 8}
+    assert recipe["calibration"] == {"source": str(text), "n_sequences": 3, "seq_len": 8, "n_held_out": 0}
     assert recipe["stream"] == {
         "propagate": "pruned",
         "true_sequential": True,
@@ -206,3 +206,36 @@ def test_a_linear_that_does_not_take_the_pattern(call, tmp_path):
     assert result.exit_code == 2
     assert "--exclude '*.down_proj'" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_mixed_patterns_are_shown_wherever_a_run_is_looked_at(call, document, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mixed = ("--allocate", "1:4, 2:4,3:4,dense", "--density", 0.55, "--allocate-rule", "owl")
+    done = call("prune", base, *mixed, *SMALL)
+    assert done.exit_code == 0, done.output
+    out = tmp_path / "runs" / f"{base.name}_wanda_mixed55"
+    assert recipe_of(out).to_dict()["allocate"] == {
+        "patterns": ["1:4", "2:4", "3:4", "dense"],
+        "density": 0.55,
+        "rule": "owl",
+        "owl_m": 5.0,
+        "owl_lambda": 0.08,
+    }
+    assert "patterns by owl: density 0.5486 of 0.55 asked, 25 weights below the budget (the sizes" in done.stdout
+    assert "measuring every linear under 1:4, 2:4, 3:4, dense" in done.stderr
+    assert "allocated: " in done.stderr
+    looked = call("inspect", out)
+    assert "mixed: 1 kept of 4, 2 kept of 4, 3 kept of 4, or dense, 55.00% kept in all" in looked.stdout
+    assert "patterns by owl" in looked.stdout
+    assert call("verify", out).exit_code == 0
+    patterns = document("inspect", out / "masks.safetensors")["patterns"]
+    assert len(patterns) > 1
+    assert "tensors by pattern" in call("inspect", out / "masks.safetensors").stdout
+    assert document("inspect", out / "model")["pruned"]["pattern"].startswith("mixed: ")
+    plain = tmp_path / "plain"
+    assert call("prune", base, "--out", plain, *SMALL).exit_code == 0
+    assert "of other patterns" in call("diff", out, plain).stdout
+    off = ("--allocate", "", "--density", 0, "--allocate-rule", "error")
+    uniform = call("prune", out / "recipe.yaml", *off, "--out", tmp_path / "x")
+    assert uniform.exit_code == 0, uniform.output
+    assert document("inspect", tmp_path / "x" / "masks.safetensors")["patterns"] == ["2:4"]

@@ -110,7 +110,9 @@ def test_every_family_is_named(model_type):
 def test_every_recipe_is_valid_and_named_after_what_it_does(recipe):
     parsed = Recipe.from_yaml(recipe)
     model = parsed.model.partition("-")[0]
-    assert recipe.stem == f"{model}_{parsed.method.name}_{parsed.pattern.kept}x{parsed.pattern.group}"
+    uniform = f"{parsed.pattern.kept}x{parsed.pattern.group}"
+    pattern = f"mixed{100 * parsed.density:g}" if parsed.choices else uniform
+    assert recipe.stem == f"{model}_{parsed.pruner.name.replace('+', '_')}_{pattern}"
     assert str(recipe.relative_to(ROOT)) in recipe.read_text().splitlines()[0], "the first line says how to run it"
 
 

@@ -19,8 +19,10 @@ ROOT = SRC.parents[1]
 ROWS = [
     ["pattern", "errors", "results", "threads", "version"],
     ["masks", "sampling", "stats", "least_squares", "distributed", "architectures"],
-    ["methods", "refine", "calibration", "checkpoint", "packed", "kernels"],
-    ["stream", "train", "prepare"],
+    ["methods", "calibration", "checkpoint", "packed", "kernels"],
+    ["refine"],
+    ["stream", "train"],
+    ["prepare"],
     ["evaluate", "export", "runtime", "report"],
     ["run"],
     ["cli"],

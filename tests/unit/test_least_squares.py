@@ -65,6 +65,46 @@ def test_the_objective_never_rises_and_nothing_given_is_modified():
         assert torch.equal(value, was)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_with_a_pull_it_solves_for_the_output_on_other_inputs(share):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(90, 24, generator=generator) @ (torch.eye(24) + torch.randn(24, 24, generator=generator) / 24**0.5)
+    target = x + share * 0.5 * torch.randn(90, 24, generator=generator)
+    _, dense, mask = problem()
+    loading = ones(24, 0.5)
+    pull = dense @ (target - x).T @ x
+    solved = least_squares.on_mask(
+        x.T @ x, loading, dense, mask, dense * mask, 300, tolerance=1e-6, pull_OI=pull
+    ).weight
+    # row by row, as plain least squares: the ridge is more rows of inputs, whose outputs are the dense ones
+    rows = torch.cat([x.double(), torch.diag(loading.double().sqrt())])
+    goals = torch.cat([target.double(), torch.diag(loading.double().sqrt())])
+    for row, keep in enumerate(mask):
+        best = torch.linalg.lstsq(rows[:, keep], goals @ dense[row].double()).solution
+        torch.testing.assert_close(solved[row, keep].double(), best, rtol=0, atol=5e-4)
+    assert not solved.view(torch.int32)[~mask].any(), "not exactly +0.0 off the mask"
+    plain = least_squares.on_mask(x.T @ x, loading, dense, mask, dense * mask, 300, tolerance=1e-6).weight
+    assert torch.allclose(plain, solved, atol=1e-4) == (share == 0)
+
+
+def test_with_a_pull_the_objective_does_not_rise_either():
+    gram, dense, mask = problem()
+    loading, pull = ones(24, 0.5), 20 * torch.randn(10, 24, generator=torch.Generator().manual_seed(1))
+    before = pull.clone()
+
+    def value(weight):
+        return objective(gram, loading, dense, weight) - 2 * (pull.double() * (weight - dense).double()).sum(1)
+
+    values = [
+        value(least_squares.on_mask(gram, loading, dense, mask, dense * mask, n, pull_OI=pull).weight)
+        for n in range(10)
+    ]
+    for one, other in itertools.pairwise(values):
+        assert (other <= one + 1e-6 * one.abs().clamp_min(1)).all()
+    assert values[-1].sum() < values[0].sum() - 1
+    assert torch.equal(pull, before)
+
+
 def test_it_stops_when_every_row_has_arrived():
     gram, dense, mask = problem()
     loading = ones(24, 0.5)
@@ -111,6 +151,17 @@ def test_tiny_and_huge_weights_are_solved_as_well_as_others(scale):
         least_squares.on_mask(gram, ones(24, 0.5), s * dense, mask, s * dense * mask, 10) for s in (1.0, scale)
     )
     assert torch.equal(scale * one.weight, other.weight) and one.iterations == other.iterations
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**60])
+def test_a_pull_scales_with_the_weights(scale):
+    gram, dense, mask = problem()
+    pull = torch.randn(10, 24, generator=torch.Generator().manual_seed(1))
+    one, other = (
+        least_squares.on_mask(gram, ones(24, 0.5), s * dense, mask, s * dense * mask, 10, pull_OI=s * pull)
+        for s in (1.0, scale)
+    )
+    assert torch.equal(scale * one.weight, other.weight)
 
 
 def test_output_error():

@@ -11,4 +11,5 @@ GPT_NEOX = Family(
         ("mlp.dense_h_to_4h",),
         ("mlp.dense_4h_to_h",),
     ),
+    qkv_by_head=True,
 )

@@ -6,6 +6,6 @@ GPT_OSS = Family(
     model_types=("gpt_oss",),
     layers="model.layers",
     shared_inputs=QKV_O,
-    experts=Experts(module="mlp.experts", transposed=True),
+    experts=Experts(module="mlp.experts", transposed=True, interleaved=True),
     dense={"mlp.router": ROUTER},
 )

@@ -20,6 +20,7 @@ class TensorDiff:
         n_kept_both: weights kept by both.
         n_kept_a: weights kept by the first mask.
         n_kept_b: weights kept by the second mask.
+        same_pattern: whether both masks keep the same N of M.
     """
 
     name: str
@@ -28,6 +29,7 @@ class TensorDiff:
     n_kept_both: int
     n_kept_a: int
     n_kept_b: int
+    same_pattern: bool = True
 
     @property
     def share_in_common(self) -> float:
@@ -53,7 +55,8 @@ class MaskDiff:
     def total(self) -> TensorDiff:
         """The sums over all tensors in both files, named "total"."""
         fields = ("n_groups", "n_groups_differ", "n_kept_both", "n_kept_a", "n_kept_b")
-        return TensorDiff("total", *(sum(getattr(tensor, field) for tensor in self.tensors) for field in fields))
+        sums = {field: sum(getattr(tensor, field) for tensor in self.tensors) for field in fields}
+        return TensorDiff("total", **sums, same_pattern=all(tensor.same_pattern for tensor in self.tensors))
 
     @property
     def same(self) -> bool:
@@ -85,4 +88,5 @@ def _diff_tensor(name: str, a: TensorMask, b: TensorMask) -> TensorDiff:
     group = math.lcm(a.pattern.group, b.pattern.group)
     differs = (mask_a != mask_b).unflatten(-1, (-1, group)).any(-1)
     counts = ((mask_a & mask_b).sum(), mask_a.sum(), mask_b.sum())
-    return TensorDiff(name, differs.numel(), int(differs.sum()), *(int(count) for count in counts))
+    both, kept_a, kept_b = (int(count) for count in counts)
+    return TensorDiff(name, differs.numel(), int(differs.sum()), both, kept_a, kept_b, a.pattern == b.pattern)

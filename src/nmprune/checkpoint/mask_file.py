@@ -24,6 +24,8 @@ from nmprune.pattern import Pattern
 
 FORMAT = "nmprune-masks"
 FORMAT_VERSION = "1"
+# Readers of version 1 would put these masks onto the wrong weights.
+PERMUTED_VERSION = "2"
 GroupAxis = Literal[-1, -2]
 
 
@@ -160,6 +162,8 @@ class MaskFile:
         model: how the user named the model.
         fingerprint: `Checkpoint.fingerprint` of the model they belong to; empty where unknown.
         nmprune_version: of the package that wrote them; empty where another program did.
+        permutation: sha256 of the permutation file, where the masks belong to the model with its channels so reordered and
+            not to the one on the disk; else empty.
     """
 
     masks: dict[str, TensorMask]
@@ -167,6 +171,7 @@ class MaskFile:
     model: str
     fingerprint: str
     nmprune_version: str
+    permutation: str = ""
 
     def mask(self, name: str) -> Tensor:
         """The bool mask of one tensor, in its shape on disk, True = kept.
@@ -204,7 +209,8 @@ def write_masks(path: Path, mask_file: MaskFile) -> None:
     described = {name: _describe(entry) for name, entry in entries.items()}
     metadata = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": PERMUTED_VERSION if mask_file.permutation else FORMAT_VERSION,
+        **({"permutation": mask_file.permutation} if mask_file.permutation else {}),
         "method": mask_file.method,
         "model": mask_file.model,
         "fingerprint": mask_file.fingerprint,
@@ -235,10 +241,16 @@ def read_masks(path: Path) -> MaskFile:
             f"{path}: a safetensors file, but no mask file: its metadata says format {metadata.get('format')!r}, "
             f"expected {FORMAT!r}. Give the masks.safetensors of a run, or MaskLLM's .npz."
         )
-    if metadata.get("format_version") != FORMAT_VERSION:
+    version = metadata.get("format_version")
+    if version not in (FORMAT_VERSION, PERMUTED_VERSION):
         raise InputError(
-            f"{path}: mask format version {metadata.get('format_version')!r}; this nmprune reads version "
-            f"{FORMAT_VERSION}. Use the nmprune that wrote it."
+            f"{path}: mask format version {version!r}; this nmprune reads versions {FORMAT_VERSION} and {PERMUTED_VERSION}. "
+            "Use the nmprune that wrote it."
+        )
+    if (version == PERMUTED_VERSION) != bool(metadata.get("permutation")):
+        raise InputError(
+            f"{path}: mask format version {version} with permutation {metadata.get('permutation', '')!r}: only version "
+            f"{PERMUTED_VERSION} has one. Damaged, or edited by hand: make it again."
         )
     absent = [key for key in ("method", "model", "fingerprint", "nmprune_version", "masks") if key not in metadata]
     if absent:
@@ -249,6 +261,7 @@ def read_masks(path: Path) -> MaskFile:
         metadata["model"],
         metadata["fingerprint"],
         metadata["nmprune_version"],
+        metadata.get("permutation", ""),
     )
     try:
         mask_file.check()

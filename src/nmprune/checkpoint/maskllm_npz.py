@@ -70,8 +70,14 @@ def write_npz(path: Path, mask_file: MaskFile) -> None:
     Equal masks give equal bytes.
 
     Raises:
-        InputError: the disk is full or not writable.
+        InputError: the disk is full or not writable, or the masks belong to a model whose channels were reordered, which an
+            npz cannot say.
     """
+    if mask_file.permutation:
+        raise InputError(
+            f"{path}: the masks belong to a model whose channels were reordered (permutation {mask_file.permutation[:12]}), "
+            "which an npz cannot say: they would fall on other weights. Use the mask file and its permutation file."
+        )
     arrays = {name + _SUFFIX: entry.packed.numpy() for name, entry in sorted(mask_file.masks.items())}
     with writing(path, sum(array.nbytes for array in arrays.values())), atomic_file(path) as stream:
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]  # keys end in .mask, none is an option

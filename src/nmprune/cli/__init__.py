@@ -17,6 +17,7 @@ from nmprune.cli.inspect import inspect
 from nmprune.cli.list import list_
 from nmprune.cli.plan import plan
 from nmprune.cli.prune import prune
+from nmprune.cli.spread import spread
 from nmprune.cli.validate import validate
 from nmprune.cli.verify import verify
 from nmprune.version import VERSION
@@ -32,13 +33,13 @@ app = typer.Typer(
 )
 
 _DO, _CHECK, _LOOK = "Make sparse", "Prove and measure", "Look before you leap"
-app.command("prune", rich_help_panel=_DO)(guarded(prune, resumable=True))
+app.command("prune", rich_help_panel=_DO)(guarded(spread(prune), resumable=True))
 app.command("apply", rich_help_panel=_DO)(guarded(apply))
 app.command("verify", rich_help_panel=_CHECK)(guarded(verify))
 app.command("evaluate", rich_help_panel=_CHECK)(guarded(evaluate))
 app.command("diff", rich_help_panel=_CHECK)(guarded(diff))
 app.command("list", rich_help_panel=_LOOK)(guarded(list_))
-app.command("plan", rich_help_panel=_LOOK)(guarded(plan))
+app.command("plan", rich_help_panel=_LOOK)(guarded(spread(plan)))
 app.command("inspect", rich_help_panel=_LOOK)(guarded(inspect))
 app.command("validate", rich_help_panel=_LOOK)(guarded(validate))
 

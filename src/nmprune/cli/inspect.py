@@ -64,7 +64,8 @@ def inspect(
 
 
 def _run_tables(found: RunFacts) -> list[Table]:
-    from nmprune.report import facts, role_table, totals
+    from nmprune.report import facts, pruning_tables
+    from nmprune.report.quantities import settings
 
     recipe = found.recipe
     state = "finished" if found.results else f"not finished: {found.n_layers_finished} decoder layers so far"
@@ -74,15 +75,13 @@ def _run_tables(found: RunFacts) -> list[Table]:
             "run": found.run,
             "state": state,
             "model": recipe.model,
-            "method": ", ".join(
-                [recipe.method.name, *(f"{k} {v}" for k, v in recipe.method.hyper_parameters().items())]
-            ),
-            "pattern": recipe.pattern.words,
+            "method": ", ".join([recipe.pruner.name, *settings(recipe.pruner.hyper_parameters())]),
+            "pattern": recipe.pattern_words,
             "exclude": ", ".join(recipe.exclude),
             "evaluations": ", ".join(found.evaluations),
         },
     )
-    return [head, *([role_table(found.results), totals(found.results)] if found.results else [])]
+    return [head, *(pruning_tables(found.results) if found.results else [])]
 
 
 def _mask_document(path: str, masks: MaskFile) -> dict[str, Any]:

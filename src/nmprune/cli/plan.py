@@ -32,22 +32,10 @@ Timed = Annotated[
 
 def plan(
     model: flags.ModelOrRecipe,
-    method: flags.Method = None,
-    pattern: flags.PatternFlag = None,
+    given: flags.RecipeFlags,
     out: Out = Path(),
     device_memory: DeviceMemory = None,
     time: Timed = True,
-    exclude: flags.Exclude = None,
-    set_: flags.Set = None,
-    dtype: flags.DType = None,
-    trust_remote_code: flags.TrustCode = None,
-    allow_sparse: flags.AllowSparse = None,
-    calibration: flags.Calibration = None,
-    n_sequences: flags.NSequences = None,
-    seq_len: flags.SeqLen = None,
-    seed: flags.Seed = None,
-    propagate: flags.Propagate = None,
-    true_sequential: flags.TrueSequential = None,
     device: options.Device = options.DEVICE,
     hidden_budget: options.HiddenBudget = options.HIDDEN_BUDGET,
     threads: options.Threads = options.THREADS,
@@ -70,21 +58,6 @@ def plan(
 
     Exit codes: 0 done (also where it does not fit), 2 something you can put right.
     """
-    given = flags.RecipeFlags(
-        method=method,
-        pattern=pattern,
-        calibration=calibration,
-        n_sequences=n_sequences,
-        seq_len=seq_len,
-        seed=seed,
-        exclude=exclude,
-        settings=set_,
-        propagate=propagate,
-        true_sequential=true_sequential,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        allow_sparse=allow_sparse,
-    )
     output = Output(json, quiet)
     recipe = flags.read_recipe(model, given)
     how = machine(device, hidden_budget, threads, None)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from nmprune.run.prune import Progress as Sign
 
 _LABELS = {
+    "allocate": "measuring the dense model",
+    "gradients": "gradients",
+    "permute": "reordering channels",
     "layers": "decoder layers",
     "model": "writing the model",
     "verify": "comparing tensors",

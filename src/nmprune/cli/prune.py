@@ -23,20 +23,8 @@ Out = Annotated[
 
 def prune(
     model: flags.ModelOrRecipe,
-    method: flags.Method = None,
-    pattern: flags.PatternFlag = None,
+    given: flags.RecipeFlags,
     out: Out = None,
-    exclude: flags.Exclude = None,
-    set_: flags.Set = None,
-    dtype: flags.DType = None,
-    trust_remote_code: flags.TrustCode = None,
-    allow_sparse: flags.AllowSparse = None,
-    calibration: flags.Calibration = None,
-    n_sequences: flags.NSequences = None,
-    seq_len: flags.SeqLen = None,
-    seed: flags.Seed = None,
-    propagate: flags.Propagate = None,
-    true_sequential: flags.TrueSequential = None,
     device: options.Device = options.DEVICE,
     hidden_budget: options.HiddenBudget = options.HIDDEN_BUDGET,
     threads: options.Threads = options.THREADS,
@@ -69,21 +57,6 @@ def prune(
 
     Exit codes: 0 done, 2 something you can put right, 130 Ctrl-C, 1 a bug of ours.
     """
-    given = flags.RecipeFlags(
-        method=method,
-        pattern=pattern,
-        calibration=calibration,
-        n_sequences=n_sequences,
-        seq_len=seq_len,
-        seed=seed,
-        exclude=exclude,
-        settings=set_,
-        propagate=propagate,
-        true_sequential=true_sequential,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        allow_sparse=allow_sparse,
-    )
     output = Output(json, quiet)
     recipe = flags.read_recipe(model, given)
     how = machine(device, hidden_budget, threads, scratch)
@@ -91,7 +64,7 @@ def prune(
     if out is None:
         output.note(f"no --out given: the run folder is {place}")
 
-    from nmprune.report import role_table, totals
+    from nmprune.report import pruning_tables
     from nmprune.run import RunFolder, prune_run
 
     if not debug:
@@ -102,7 +75,7 @@ def prune(
         results = prune_run(recipe, place, how, report=view.show)
     output.result(
         {"run": place, "model": folder.model, "already_finished": was_finished, "results": results},
-        [role_table(results), totals(results)],
+        pruning_tables(results),
     )
     run = shlex.quote(str(place))
     output.hints(

@@ -1,12 +1,12 @@
 """The flags that say what a run does -> a `Recipe`: of a model, or on top of a recipe file.
 
-Every flag is None where it was not given, so that only given ones override a recipe.
+Every flag is None where it was not given, so that only given ones override a recipe. A new flag is a type and a field of
+`RecipeFlags`: `spread` gives it to all commands.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 RECIPE_SUFFIXES = (".yaml", ".yml")
 DEFAULT_METHOD, DEFAULT_PATTERN = "wanda", "2:4"
 
-_CALIBRATION, _STREAM = "Calibration text", "How hidden states flow"
+_CALIBRATION, _STREAM, _MIXED = "Calibration text", "How hidden states flow", "Mixed patterns"
+_STEPS = "After the method"
 
 ModelOrRecipe = Annotated[
     str,
@@ -75,6 +76,33 @@ Set = Annotated[
         show_default=False,
     ),
 ]
+PolishFlag = Annotated[
+    bool | None,
+    typer.Option(
+        "--polish/--no-polish",
+        help="After the method: descent over groups from its mask. Settings: --set polish.shrinkage=0.5.",
+        show_default="no",
+        rich_help_panel=_STEPS,
+    ),
+]
+ReconstructFlag = Annotated[
+    bool | None,
+    typer.Option(
+        "--reconstruct/--no-reconstruct",
+        help="After the method: the kept weights that bring the outputs back, guarded by held-out text.",
+        show_default="no",
+        rich_help_panel=_STEPS,
+    ),
+]
+LossAwareFlag = Annotated[
+    bool | None,
+    typer.Option(
+        "--loss-aware/--no-loss-aware",
+        help="Tokens count by what the loss feels of them: one backward through the model first.",
+        show_default="no",
+        rich_help_panel=_CALIBRATION,
+    ),
+]
 Propagate = Annotated[
     str | None,
     typer.Option(help="Which layer feeds the next: pruned or dense.", show_default="pruned", rich_help_panel=_STREAM),
@@ -109,24 +137,65 @@ AllowSparse = Annotated[
     typer.Option("--allow-sparse", help="Take a model that is sparse already.", show_default=False),
 ]
 
+Allocate = Annotated[
+    str | None,
+    typer.Option(
+        help="Mix patterns under one budget: which linear gets which is chosen from measured errors.",
+        metavar="N:M,N:M,...",
+        show_default=False,
+        rich_help_panel=_MIXED,
+    ),
+]
+Permute = Annotated[
+    str | None,
+    typer.Option(
+        help="Reorder channels first, so that N:M costs less; the model computes the same. ffn, heads, residual, or all.",
+        metavar="KIND,...",
+        show_default=False,
+    ),
+]
+Density = Annotated[
+    float | None,
+    typer.Option(
+        help="The budget: share of the prunable linears' weights that is kept.",
+        show_default="the pattern's",
+        rich_help_panel=_MIXED,
+    ),
+]
+AllocateRule = Annotated[
+    str | None,
+    typer.Option(
+        help="error: least output error; owl: layers with more outliers keep more.",
+        show_default="error",
+        rich_help_panel=_MIXED,
+    ),
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class RecipeFlags:
-    """The flags as they were given; None = not given. Names are the recipe's keys where they differ from the flag's."""
+    """The flags as they were given, in the order of --help; None = not given."""
 
-    method: str | None = None
-    pattern: str | None = None
-    calibration: str | None = None
-    n_sequences: int | None = None
-    seq_len: int | None = None
-    seed: int | None = None
-    exclude: Sequence[str] | None = None
-    settings: Sequence[str] | None = None
-    propagate: str | None = None
-    true_sequential: bool | None = None
-    dtype: str | None = None
-    trust_remote_code: bool | None = None
-    allow_sparse: bool | None = None
+    method: Method = None
+    pattern: PatternFlag = None
+    permute: Permute = None
+    exclude: Exclude = None
+    settings: Set = None
+    dtype: DType = None
+    trust_remote_code: TrustCode = None
+    allow_sparse: AllowSparse = None
+    polish: PolishFlag = None
+    reconstruct: ReconstructFlag = None
+    calibration: Calibration = None
+    n_sequences: NSequences = None
+    seq_len: SeqLen = None
+    seed: Seed = None
+    loss_aware: LossAwareFlag = None
+    propagate: Propagate = None
+    true_sequential: TrueSequential = None
+    allocate: Allocate = None
+    density: Density = None
+    allocate_rule: AllocateRule = None
 
     def as_settings(self) -> list[str]:
         """ "key=value" for every given flag but --exclude; --set comes last and wins."""
@@ -137,11 +206,18 @@ class RecipeFlags:
             "calibration.n_sequences": self.n_sequences,
             "calibration.seq_len": self.seq_len,
             "seed": self.seed,
+            "polish": self.polish,
+            "reconstruct": self.reconstruct,
+            "loss_aware": self.loss_aware,
             "stream.propagate": self.propagate,
             "stream.true_sequential": self.true_sequential,
             "dtype": self.dtype,
             "trust_remote_code": self.trust_remote_code,
             "allow_sparse": self.allow_sparse,
+            "permute": self.permute,
+            "allocate.patterns": self.allocate,
+            "allocate.density": self.density,
+            "allocate.rule": self.allocate_rule,
         }
         return [f"{key}={value}" for key, value in given.items() if value is not None] + list(self.settings or ())
 
@@ -178,8 +254,9 @@ def check_recipe_file(path: Path) -> None:
 
 
 def default_out(recipe: Recipe) -> Path:
-    """runs/<model>_<method>_<pattern>, where --out is not given."""
+    """runs/<model>_<method>_<pattern>, where --out is not given; of mixed patterns "mixed" and the density in percent."""
     from nmprune.checkpoint import display_name
 
     model = display_name(recipe.model).rpartition("/")[2]
-    return Path("runs", f"{model}_{recipe.method.name}_{recipe.pattern.kept}x{recipe.pattern.group}")
+    pattern = f"mixed{100 * recipe.density:g}" if recipe.choices else f"{recipe.pattern.kept}x{recipe.pattern.group}"
+    return Path("runs", f"{model}_{recipe.pruner.name}_{pattern}")

@@ -10,13 +10,16 @@ from nmprune.errors import InputError, near_matches
 from nmprune.methods.alps import Alps
 from nmprune.methods.base import PerLinear, Pruned
 from nmprune.methods.descent import Descent
+from nmprune.methods.dsnot import Dsnot
+from nmprune.methods.gblm import Gblm
 from nmprune.methods.magnitude import Magnitude
+from nmprune.methods.pruner_zero import PrunerZero
 from nmprune.methods.ria import Ria
 from nmprune.methods.sparsegpt import SparseGPT
 from nmprune.methods.wanda import Wanda
 
 METHODS: dict[str, type[PerLinear]] = {
-    method.name: method for method in (Magnitude, Wanda, Ria, Descent, SparseGPT, Alps)
+    method.name: method for method in (Magnitude, Wanda, Ria, Gblm, PrunerZero, Dsnot, Descent, SparseGPT, Alps)
 }
 
 

@@ -5,7 +5,11 @@ with everything else as it is, that is a constant plus
 
     sum_{i,j in S} w_i w_j H_ij  +  2 sum_{i in S} w_i r_i,    r = H e^T without the group's own part,
 
-so every group can be set to its best set exactly. The rows do not depend on each other and go side by side. Columns
+so every group can be set to its best set exactly. With D the input that the linear meets in the dense model and a target
+T = t D + (1 - t) X between it and its own input X, ||X (w - e) - T w||^2 = e H e^T + 2 e p + a constant, p = X^T (T - X) w:
+the same steps with p added to r, and the mask makes up for what the layers before it lost.
+
+The rows do not depend on each other and go side by side. Columns
 go in blocks: what a block owes to the rest of the row is one large product with H, once per block, and inside it a
 group reads only the block. No running gradient is kept: nothing drifts, and a sweep costs one product H E in all.
 
@@ -46,7 +50,7 @@ class Descended:
         mask: bool (out, in), True = kept.
         sweeps: passes over the columns that were made, the last one included where it changed nothing.
         changed_groups: share of the groups that differ from the mask at the start.
-        start: the objective tr(E H E^T) of the mask at the start.
+        start: the objective of the mask at the start: tr(E H E^T), and 2 tr(E P^T) where there is a pull P.
         end: the objective of `mask`, not above `start` (both are rounded fp32 sums).
     """
 
@@ -59,50 +63,110 @@ class Descended:
 
 @dataclass(frozen=True)
 class Descent(PerLinear):
-    """Coordinate descent over groups on tr(E H E^T), E = W * (1 - mask), from Wanda's mask."""
+    """Coordinate descent over groups on ||X (W * M)^T - T W^T||^2 from Wanda's mask; see the top of the file."""
 
     name: ClassVar[str] = "descent"
     summary: ClassVar[str] = "From Wanda's mask, set group after group to its best mask; no weight moves."
     paper: ClassVar[str] = "ours: exact coordinate descent on the linear's squared output error"
-    needs: ClassVar[frozenset[Statistic]] = frozenset({"input_gram"})
+    needs: ClassVar[frozenset[Statistic]] = frozenset({"input_gram", "cross_gram"})
 
     shrinkage: float = option(0.5, "share of the Gram matrix's diagonal that is added to it; large: Wanda's mask")
+    target: float = option(0.4, "0: the output on the linear's own inputs; 1: the dense model's output")
     sweeps: int = option(12, "most passes over all groups; it stops earlier when a pass changes nothing")
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.shrinkage) and self.shrinkage >= 0):
-            raise InputError(f"descent.shrinkage is {self.shrinkage!r}; expected a number >= 0, such as 0.5.")
-        if self.sweeps < 1:
-            raise InputError(f"descent.sweeps is {self.sweeps!r}; expected a whole number >= 1, such as 12.")
+        check_settings("descent", self.shrinkage, self.target, self.sweeps)
+        object.__setattr__(self, "needs", needed(self.target))  # what a method declares depends on its settings here
 
     def prune(self, weight: Tensor, stats: InputStats, pattern: Pattern) -> Pruned:
         """The mask that descent from Wanda's ends in.
+
+        Without `cross_gram` (experts: the dense model sends them other tokens) the target is the output on the linear's own
+        inputs, and the notes say so.
 
         Raises:
             InputError: the width is not a whole number of groups, or weight or statistics are not finite or do not fit.
         """
         pattern.check_divides(weight.shape[-1])
-        gram_II = hessian.checked_gram(stats, weight.shape[-1])
+        hessian.checked_gram(stats, weight.shape[-1])
         prior_OI = Wanda().prune(weight, stats, pattern).mask
-        loaded_II = stats.derived(("loaded gram", self.shrinkage), lambda: load_diagonal(gram_II, self.shrinkage))
-        found = descend(weight, loaded_II, prior_OI, pattern, self.sweeps)
-        notes: dict[str, float | int | str] = {
-            "sweeps": found.sweeps,
-            "changed_groups": found.changed_groups,
-            "relative_objective": found.end / found.start if found.start else 1.0,
-        }
+        found, notes = descend_to(weight, stats, prior_OI, pattern, self.shrinkage, self.target, self.sweeps)
         return Pruned(found.mask, None, notes)
 
     def solver_bytes(self, out_features: int, in_features: int) -> int:
-        """H (in, in); the weight, what is dropped and E (in, out) in fp32, two masks; the terms of one block or group."""
-        return 4 * in_features**2 + 14 * out_features * in_features + 4096 * out_features
+        """See `descend_bytes`."""
+        return descend_bytes(out_features, in_features, self.target)
 
     def solver_flops(self, out_features: int, in_features: int) -> float:
-        """A product H E for each sweep; a group's small steps take the time of some 3500 operations per weight."""
-        return self.sweeps * out_features * in_features * (2.0 * in_features + 3500.0)
+        """See `descend_flops`."""
+        return descend_flops(out_features, in_features, self.sweeps)
 
 
-def load_diagonal(gram_II: Tensor, shrinkage: float) -> Tensor:
+def check_settings(who: str, shrinkage: float, target: float, sweeps: int) -> None:
+    """Raise InputError where a setting of `who` is out of range."""
+    if not (math.isfinite(shrinkage) and shrinkage >= 0):
+        raise InputError(f"{who}.shrinkage is {shrinkage!r}; expected a number >= 0, such as 0.5.")
+    if not 0 <= target <= 1:
+        raise InputError(f"{who}.target is {target!r}; expected a number from 0 to 1, such as 0.5.")
+    if sweeps < 1:
+        raise InputError(f"{who}.sweeps is {sweeps!r}; expected a whole number >= 1, such as 12.")
+
+
+def needed(target: float) -> frozenset[Statistic]:
+    """The statistics that descent reads: the dense model's inputs only where they have a say."""
+    return frozenset({"input_gram", "cross_gram"} if target else {"input_gram"})
+
+
+@torch.no_grad()
+def descend_to(
+    weight_OI: Tensor,
+    stats: InputStats,
+    mask_OI: Tensor,
+    pattern: Pattern,
+    shrinkage: float,
+    target: float,
+    sweeps: int,
+) -> tuple[Descended, dict[str, float | int | str]]:
+    """`descend` with H and the pull from a linear's statistics, and what is worth recording of it.
+
+    Args:
+        weight_OI: fp32 (out, in), dense; not modified.
+        stats: with `input_gram`, checked; with `cross_gram` for a target above 0.
+        mask_OI: bool (out, in), where to start.
+        pattern: N kept of M.
+        shrinkage: see `load_diagonal`.
+        target: t of T = t D + (1 - t) X.
+        sweeps: most passes over all groups.
+    """
+    gram_II = stats.gram()
+    loaded_II, factor = stats.derived(("loaded gram", shrinkage), lambda: load_diagonal(gram_II, shrinkage))
+    pull_OI = None
+    if target and stats.cross_gram is not None:
+        pull_OI = (weight_OI @ stats.cross_gram.T).sub_(weight_OI @ gram_II).mul_(target * factor)
+    found = descend(weight_OI, loaded_II, mask_OI, pattern, sweeps, pull_OI=pull_OI)
+    output = (weight_OI @ gram_II).mul_(weight_OI).sum().item() * factor
+    notes: dict[str, float | int | str] = {
+        "sweeps": found.sweeps,
+        "changed_groups": found.changed_groups,
+        "objective_fall": (found.start - found.end) / output if output > 0 else 0.0,
+    }
+    if target and pull_OI is None:
+        notes["target"] = "own inputs"
+    return found, notes
+
+
+def descend_bytes(out_features: int, in_features: int, target: float) -> int:
+    """Peak bytes: H; weight, what is dropped and E in fp32, two masks; the terms of a block or group; the pull twice."""
+    pulls = 8 * out_features * in_features if target else 0
+    return 4 * in_features**2 + 14 * out_features * in_features + 4096 * out_features + pulls
+
+
+def descend_flops(out_features: int, in_features: int, sweeps: int) -> float:
+    """A product H E for each sweep; a group's small steps take the time of some 3500 operations per weight."""
+    return sweeps * out_features * in_features * (2.0 * in_features + 3500.0)
+
+
+def load_diagonal(gram_II: Tensor, shrinkage: float) -> tuple[Tensor, float]:
     """H = G + shrinkage * diag(G), up to a factor: (in, in), largest entry of the diagonal in [0.5, 1).
 
     A factor on H changes no mask. It is chosen such that the diagonal is G's times a power of two, and the rest shrinks
@@ -111,13 +175,16 @@ def load_diagonal(gram_II: Tensor, shrinkage: float) -> Tensor:
     Args:
         gram_II: (in, in), symmetric and finite; not modified.
         shrinkage: >= 0.
+
+    Returns:
+        H, and the factor.
     """
     _, exponent = math.frexp(gram_II.diagonal().max().item())
     # in two halves: a power of two may itself be out of range
     loaded_II = (gram_II * 2.0 ** (-exponent // 2)).mul_(2.0 ** (-exponent - -exponent // 2))
     diagonal_I = loaded_II.diagonal().clone()
     loaded_II.mul_(1.0 / (1.0 + shrinkage)).diagonal().copy_(diagonal_I)
-    return loaded_II
+    return loaded_II, math.ldexp(1.0 / (1.0 + shrinkage), -exponent)
 
 
 def descend(
@@ -127,8 +194,9 @@ def descend(
     pattern: Pattern,
     sweeps: int,
     max_listed: int = MAX_LISTED,
+    pull_OI: Tensor | None = None,
 ) -> Descended:
-    """Lower tr(E H E^T), E = W * (1 - mask), group by group, from any mask.
+    """Lower tr(E H E^T) + 2 tr(E P^T), E = W * (1 - mask), group by group, from any mask.
 
     Groups with at most `max_listed` candidates are set to the best of all of them; larger ones make their best swap of a
     kept and a dropped weight until no swap helps. Equal candidates: the one that moves the fewest weights, then the
@@ -141,6 +209,7 @@ def descend(
         pattern: N kept of M.
         sweeps: most passes over all groups.
         max_listed: candidates up to which a group's are listed.
+        pull_OI: fp32 (out, in), P; None = zeros. A factor on H belongs on it, too.
 
     Raises:
         ValueError: the mask at the start does not keep exactly N of every M.
@@ -152,25 +221,31 @@ def descend(
     weight_IO = torch.ldexp(weight_OI.detach(), -exponent_O.unsqueeze(1)).T.contiguous()
     dropped_IO = (~mask_OI).T.to(weight_IO, memory_format=torch.contiguous_format)
     error_IO = weight_IO * dropped_IO
+    pull_IO = None if pull_OI is None else torch.ldexp(pull_OI, -exponent_O.unsqueeze(1)).T.contiguous()
     update = _BestOfAll(pattern, weight_IO) if pattern.n_candidates <= max_listed else _BestSwaps(pattern)
-    start = _objective(error_IO, hessian_II, exponent_O)
+    start = _objective(error_IO, hessian_II, exponent_O, pull_IO)
     done, moving = 0, True
     while moving and done < sweeps:
-        moving = _sweep(weight_IO, hessian_II, dropped_IO, error_IO, update, pattern)
+        moving = _sweep(weight_IO, hessian_II, pull_IO, dropped_IO, error_IO, update, pattern)
         done += 1
-    end = _objective(error_IO, hessian_II, exponent_O)
+    end = _objective(error_IO, hessian_II, exponent_O, pull_IO)
     found_OI = (dropped_IO == 0).T.contiguous()
     changed_OG = (found_OI != mask_OI).unflatten(1, (-1, pattern.group)).any(-1)
     return Descended(found_OI, done, masks.density(changed_OG), start, end)
 
 
-def _objective(error_IO: Tensor, hessian_II: Tensor, exponent_O: Tensor) -> float:
-    """tr(E H E^T) of the rows before they were scaled. H is symmetric: only the blocks from the diagonal on are read."""
+def _objective(error_IO: Tensor, hessian_II: Tensor, exponent_O: Tensor, pull_IO: Tensor | None) -> float:
+    """tr(E H E^T) + 2 tr(E P^T) of the rows before they were scaled.
+
+    H is symmetric: only the blocks from the diagonal on are read.
+    """
     total_O = torch.zeros(error_IO.shape[1], dtype=torch.float64)
     for start in range(0, len(error_IO), _BLOCK):
         here, later = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
         product_BO = hessian_II[here, later] @ error_IO[later]
         product_BO = torch.addmm(product_BO, hessian_II[here, here], error_IO[here], beta=2.0)
+        if pull_IO is not None:
+            product_BO.add_(pull_IO[here], alpha=2.0)
         total_O += product_BO.mul_(error_IO[here]).sum(0).cpu()
     return (total_O * torch.exp2(2 * exponent_O.cpu().double())).sum().item()  # ldexp would overflow: 2^k in fp32
 
@@ -186,7 +261,7 @@ class _Update(Protocol):
         Args:
             weight_BO: the block's columns.
             hessian_BB: the block of H.
-            outside_BO: H e of the columns outside the block.
+            outside_BO: H e of the columns outside the block, and the pull.
             dropped_BO: read and written.
             error_BO: read and written.
         """
@@ -195,6 +270,7 @@ class _Update(Protocol):
 def _sweep(
     weight_IO: Tensor,
     hessian_II: Tensor,
+    pull_IO: Tensor | None,
     dropped_IO: Tensor,
     error_IO: Tensor,
     update: _Update,
@@ -207,6 +283,8 @@ def _sweep(
         here, later = slice(start, start + block), slice(start + block, None)
         outside_BO = hessian_II[here, :start] @ error_IO[:start]  # the large products: all threads
         outside_BO.addmm_(hessian_II[here, later], error_IO[later])
+        if pull_IO is not None:
+            outside_BO.add_(pull_IO[here])
         before_BO = dropped_IO[here].clone()
         with one_thread():
             update(weight_IO[here], hessian_II[here, here], outside_BO, dropped_IO[here], error_IO[here])

@@ -20,6 +20,7 @@ from nmprune.threads import one_thread
 
 MAX_DAMPING_STEPS = 6
 _FIRST_DAMPING = 1e-5  # where the steps start for a caller who asked for no damping
+_ROWS = 64  # turned round at a time
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def checked_gram(stats: InputStats, in_features: int) -> Tensor:
     """`input_gram`, fp32 (in, in), after checking that it fits and is usable.
 
     Raises:
-        InputError: another width, no token seen, or an entry that is not finite.
+        InputError: another width, no token seen, or an entry that is not finite, of `cross_gram` likewise.
     """
     gram_II = stats.gram()
     if gram_II.shape != (in_features, in_features):
@@ -53,7 +54,7 @@ def checked_gram(stats: InputStats, in_features: int) -> Tensor:
         )
     if stats.n_tokens == 0:
         raise InputError("this linear saw no calibration token. Give more calibration text.")
-    if not masks.all_finite(gram_II):
+    if not masks.all_finite(gram_II) or (stats.cross_gram is not None and not masks.all_finite(stats.cross_gram)):
         raise InputError(
             "the Gram matrix of the calibration activations holds NaN or infinity: check the checkpoint, "
             "or use --dtype float32."
@@ -94,9 +95,23 @@ def factorise(gram_II: Tensor, damping: float) -> HessianFactor:
 def _reverse_cholesky(gram_II: Tensor, added_I: Tensor) -> Tensor | None:
     """R of gram + diag(added) = R R^T, R upper triangular, fp32; None where that is not positive definite."""
     # MPS has no fp64
-    backwards_II = (gram_II.cpu() if gram_II.device.type == "mps" else gram_II).flip(0, 1).double()
+    backwards_II = _backwards(gram_II.cpu() if gram_II.device.type == "mps" else gram_II, torch.float64)
     backwards_II.diagonal().add_(added_I.flip(0).to(backwards_II))
     with one_thread():
         lower_II, failed = torch.linalg.cholesky_ex(backwards_II)
     del backwards_II
-    return None if failed.item() else lower_II.float().flip(0, 1).to(gram_II.device)
+    return None if failed.item() else _backwards(lower_II, torch.float32).to(gram_II.device)
+
+
+def _backwards(matrix_II: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy as `dtype`, rows and columns in reverse order.
+
+    Some rows at a time: `flip` of the whole makes one copy more, and where glibc puts that into a hole of its heap (as it may
+    once a run has pruned a few layers), its pages stay under the factorisation's peak although it is freed.
+    """
+    turned_II = torch.empty_like(matrix_II, dtype=dtype)
+    last = len(matrix_II)
+    for start in range(0, last, _ROWS):
+        rows_RI = matrix_II[start : start + _ROWS]
+        turned_II[last - start - len(rows_RI) : last - start] = rows_RI.flip(0, 1)
+    return turned_II

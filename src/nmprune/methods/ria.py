@@ -12,6 +12,7 @@ from torch import Tensor
 from nmprune import masks
 from nmprune.errors import InputError
 from nmprune.methods.base import PerLinear, Pruned, option
+from nmprune.methods.norms import checked_squared_norms
 from nmprune.pattern import Pattern
 from nmprune.stats import InputStats, Statistic
 
@@ -46,14 +47,7 @@ class Ria(PerLinear):
                 or a weight or a norm is not finite.
         """
         pattern.check_divides(weight.shape[-1])
-        sq_norm_I = stats.squared_norms()
-        if sq_norm_I.shape != weight.shape[-1:]:
-            raise InputError(
-                f"input_sq_norm has shape {tuple(sq_norm_I.shape)}, but the weight {tuple(weight.shape)} has "
-                f"{weight.shape[-1]} input features: the statistics belong to another linear."
-            )
-        if stats.n_tokens == 0:
-            raise InputError("ria saw no calibration token for this linear. Give more calibration text.")
+        sq_norm_I = checked_squared_norms(stats, weight)
         # Only ratios of norms matter; relative to the largest, no power of them can overflow.
         relative_I = _nonzero(sq_norm_I.max()).reciprocal() * sq_norm_I
         factor_I = relative_I.pow(self.activation_power / 2).to(weight)

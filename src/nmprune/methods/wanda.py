@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from nmprune import masks
-from nmprune.errors import InputError
 from nmprune.methods.base import PerLinear, Pruned
+from nmprune.methods.norms import checked_squared_norms
 from nmprune.pattern import Pattern
 from nmprune.stats import InputStats, Statistic
 
@@ -34,12 +34,5 @@ class Wanda(PerLinear):
                 or a weight or a norm is not finite.
         """
         pattern.check_divides(weight.shape[-1])
-        sq_norm_I = stats.squared_norms()
-        if sq_norm_I.shape != weight.shape[-1:]:
-            raise InputError(
-                f"input_sq_norm has shape {tuple(sq_norm_I.shape)}, but the weight {tuple(weight.shape)} has "
-                f"{weight.shape[-1]} input features: the statistics belong to another linear."
-            )
-        if stats.n_tokens == 0:
-            raise InputError("wanda saw no calibration token for this linear. Give more calibration text.")
+        sq_norm_I = checked_squared_norms(stats, weight)
         return Pruned(masks.from_scores(weight.abs() * sq_norm_I.sqrt().to(weight), pattern))

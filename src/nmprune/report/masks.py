@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from nmprune.architectures import starred
@@ -28,7 +29,7 @@ def diff_tables(a: str, b: str, diff: MaskDiff) -> list[Table]:
     by_role: dict[str, list[TensorDiff]] = {}
     for one in diff.tensors:
         by_role.setdefault(role_of(one.name), []).append(one)
-    columns = ("role", "tensors>", "groups>", "groups that differ>", "share>", "kept by both>")
+    columns = ("role", "tensors>", "groups>", "groups that differ>", "share>", "kept by both>", "of other patterns>")
     rows = tuple(_diff_row(role, tensors) for role, tensors in by_role.items())
     total = _diff_row("all", diff.tensors) if diff.tensors else ()
     tables = [Table(f"masks: {a} against {b}", columns, rows, total)] if diff.tensors else []
@@ -52,14 +53,16 @@ def mask_tables(name: str, masks: MaskFile) -> list[Table]:
         "pattern": ", ".join(pattern.words for pattern in masks.patterns()),
         "legal": "yes: every group keeps exactly what its pattern says",
     }
-    rows = tuple(_mask_row(role, entries) for role, entries in by_role.items())
-    total = _mask_row("all", masks.masks.values())
-    return [facts("", origin), Table("", ("role", "tensors>", "weights>", "kept>"), rows, total)]
+    mixed = len(masks.patterns()) > 1
+    rows = tuple(_mask_row(role, entries, mixed) for role, entries in by_role.items())
+    total = _mask_row("all", masks.masks.values(), mixed)
+    return [facts("", origin), Table("", ("role", "tensors>", "weights>", "kept>", "tensors by pattern"), rows, total)]
 
 
 def _diff_row(role: str, tensors: Iterable[TensorDiff]) -> tuple[str, ...]:
     each = tuple(tensors)
     total = MaskDiff(each, (), ()).total
+    n_other = sum(not one.same_pattern for one in each)
     return (
         role,
         f"{len(each):,}",
@@ -67,13 +70,17 @@ def _diff_row(role: str, tensors: Iterable[TensorDiff]) -> tuple[str, ...]:
         f"{total.n_groups_differ:,}",
         f"{total.n_groups_differ / total.n_groups:.2%}",
         f"{total.share_in_common:.2%}",
+        f"{n_other:,}" if n_other else "",
     )
 
 
-def _mask_row(role: str, entries: Iterable[TensorMask]) -> tuple[str, ...]:
+def _mask_row(role: str, entries: Iterable[TensorMask], mixed: bool) -> tuple[str, ...]:
     each = tuple(entries)
     weights = sum(math.prod(entry.shape) for entry in each)
-    return role, f"{len(each):,}", f"{weights:,}", f"{sum(entry.n_kept for entry in each) / weights:.1%}"
+    kept = f"{sum(entry.n_kept for entry in each) / weights:.1%}"
+    counts = Counter(entry.pattern for entry in each)
+    patterns = ", ".join(f"{pattern}: {count:,}" for pattern, count in sorted(counts.items())) if mixed else ""
+    return role, f"{len(each):,}", f"{weights:,}", kept, patterns
 
 
 def _named(names: Iterable[str]) -> list[tuple[str, str]]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from nmprune.report.allocation import allocation_table
 from nmprune.report.layout import Table, facts
-from nmprune.report.quantities import duration, error, shape, size
+from nmprune.report.permutation import permutation_table
+from nmprune.report.quantities import duration, error, mean, shape, size
 from nmprune.results import LinearResult, Results
 
-_COLUMNS = ("role", "linears>", "shape", "kept>", "output error>", "solver time>", "notes")
+_COLUMNS = ("role", "linears>", "shape", "kept>", "output error>", "held-out error>", "solver time>", "notes")
+_HELD_OUT = _COLUMNS.index("held-out error>")
 
 
 def role_table(results: Results) -> Table:
@@ -17,9 +20,19 @@ def role_table(results: Results) -> Table:
     by_role: dict[str, list[LinearResult]] = {}
     for one in results.linears:
         by_role.setdefault(one.role, []).append(one)
-    rows = tuple(_row(role, linears) for role, linears in by_role.items())
     title = f"{results.model}: {results.pattern} ({results.pattern_words}) by {results.method['name']}"
-    return Table(title, _COLUMNS, rows, _row("all", results.linears))
+    lines = [_COLUMNS, *(_row(role, linears) for role, linears in by_role.items()), _row("all", results.linears)]
+    if all(one.held_out_error is None for one in results.linears):
+        lines = [line[:_HELD_OUT] + line[_HELD_OUT + 1 :] for line in lines]
+    columns, *rows, total = lines
+    return Table(title, columns, tuple(rows), total)
+
+
+def pruning_tables(results: Results) -> list[Table]:
+    """All tables of a finished run: roles, mixed patterns and reordered channels where there are some, totals."""
+    mixed = [allocation_table(results.allocation)] if results.allocation else []
+    permuted = [permutation_table(results.permutation)] if results.permutation else []
+    return [role_table(results), *mixed, *permuted, totals(results)]
 
 
 def totals(results: Results) -> Table:
@@ -48,14 +61,14 @@ def totals(results: Results) -> Table:
 def _row(role: str, linears: Sequence[LinearResult]) -> tuple[str, ...]:
     weights = sum(math.prod(one.shape) for one in linears)
     kept = sum(one.density * math.prod(one.shape) for one in linears)
-    errors = [one.output_error for one in linears if one.output_error is not None]
     shapes = list(dict.fromkeys(shape(one.shape) for one in linears))
     return (
         role,
         f"{len(linears):,}",
         shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
         f"{kept / weights:.1%}",
-        error(sum(errors) / len(errors) if errors else None),
+        error(mean(one.output_error for one in linears)),
+        error(mean(one.held_out_error for one in linears)),
         duration(sum(one.seconds for one in linears)),
         _notes(linears),
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 
 def size(n_bytes: float) -> str:
     """1536 -> "1.5 KiB"."""
@@ -29,3 +32,17 @@ def shape(sizes: tuple[int, ...]) -> str:
 def error(value: float | None) -> str:
     """A relative error with four digits; empty where it was not measured."""
     return "" if value is None else f"{value:.4f}"
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that were measured; None where none was."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None
+
+
+def settings(values: Mapping[str, Any]) -> list[str]:
+    """{"damping": 0.1, "polish": {"sweeps": 2}} -> ["damping 0.1", "polish.sweeps 2"]."""
+    words = []
+    for key, value in values.items():
+        words += [f"{key}.{one}" for one in settings(value)] if isinstance(value, Mapping) else [f"{key} {value}"]
+    return words

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nmprune.run.allocate_recipe import AllocateRecipe
     from nmprune.run.folder import RunFolder
     from nmprune.run.machine import Machine
     from nmprune.run.progress import Progress, Report
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # Loaded at first use: checking a recipe or comparing two mask files needs no transformers, which takes seconds to import.
 _LAZY = {
+    "AllocateRecipe": "nmprune.run.allocate_recipe",
     "CalibrationRecipe": "nmprune.run.recipe",
     "Machine": "nmprune.run.machine",
     "Progress": "nmprune.run.progress",
@@ -33,6 +35,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AllocateRecipe",
     "CalibrationRecipe",
     "Machine",
     "Progress",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,21 @@ from nmprune.checkpoint.names import NameMap
 from nmprune.errors import InputError
 from nmprune.methods import PerLinear, create
 from nmprune.pattern import Pattern
-from nmprune.results import LinearResult, Results
+from nmprune.refine import Polish, Reconstruct
+from nmprune.results import AllocationResult, LinearResult, Results
+from nmprune.run.allocate import allocated, select_fitting
+from nmprune.run.allocate_recipe import AllocateRecipe
 from nmprune.run.folder import RunFolder
+from nmprune.run.gradients import GradientFiles, collect_gradients, token_weights
+from nmprune.run.loss_aware import LossAware
 from nmprune.run.machine import Machine
+from nmprune.run.permute import check_permute, permute_model
+from nmprune.run.permute_recipe import kinds_of
 from nmprune.run.progress import Progress, Report, silent
 from nmprune.run.prune import layer_progress, prune_run
 from nmprune.run.recipe import CalibrationRecipe, Recipe, StreamRecipe, section
 from nmprune.run.tokens import calibration_windows, token_source
-from nmprune.stream import DecoderModel, LayerDone, StreamOptions, prune_layers, refuse_sparse, select
+from nmprune.stream import DecoderModel, LayerDone, StreamOptions, prune_layers, refuse_sparse
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,17 @@ class PruneResult:
         linears: one record per pruned linear.
         results: everything results.json holds; None without `out`.
         out: the run folder; None without `out`.
+        allocation: how mixed patterns were chosen; None where every linear has the same.
+        permutations: channel space -> int64 (blocks, channels), old channel by new, of those that were reordered in memory;
+            the masks belong to the new order. With `out` they are in its permutation.safetensors.
     """
 
     masks: dict[str, Tensor]
     linears: tuple[LinearResult, ...]
     results: Results | None = None
     out: Path | None = None
+    allocation: AllocationResult | None = None
+    permutations: dict[str, Tensor] = field(default_factory=dict)
 
 
 def prune(
@@ -58,9 +71,15 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     n_sequences: int = 32,
     seq_len: int = 512,
+    n_held_out: int = 0,
     seed: int = 0,
     exclude: str | Sequence[str] = (),
     stream: Mapping[str, Any] | None = None,
+    allocate: Mapping[str, Any] | None = None,
+    permute: str | Sequence[str] = (),
+    polish: bool | Polish = False,
+    reconstruct: bool | Reconstruct = False,
+    loss_aware: bool | LossAware = False,
     dtype: str = "auto",
     allow_sparse: bool = False,
     machine: Machine | None = None,
@@ -81,9 +100,17 @@ def prune(
         tokenizer: for a model in memory with a text source; else the model folder's own.
         n_sequences: token windows, where `calibration` is text.
         seq_len: tokens per window, where `calibration` is text.
+        n_held_out: of these, windows that judge settings and are not solved on; 0 = one in 16, at least 1.
         seed: chooses the windows.
         exclude: shell patterns of linears that stay dense, e.g. "*.down_proj".
         stream: propagate, true_sequential, batch_size, min_expert_tokens (see `StreamRecipe`).
+        allocate: mixed patterns under one budget: patterns, density, rule, owl_m, owl_lambda (see `AllocateRecipe`), such as
+            {"patterns": ["1:4", "2:4", "3:4", "dense"]}; the density is `pattern`'s unless said.
+        permute: channels that are reordered first, so that N:M costs less while the model computes the same: "ffn", "heads",
+            "residual", or "all" (docs/permutation.md).
+        polish: lower the output error of the method's mask by descent; True, or a `Polish` with its settings.
+        reconstruct: find better weights on the mask; True, or a `Reconstruct` with its settings.
+        loss_aware: tokens count by what the loss feels of a linear's outputs; True, or a `LossAware` with its settings.
         dtype: compute dtype; "auto" is fp32 on a CPU and the checkpoint's elsewhere. Without `out`, a model in memory keeps
             its own.
         allow_sparse: take a model that is sparse already.
@@ -101,11 +128,25 @@ def prune(
         create(method) if isinstance(method, str) else method,
         Pattern.parse(pattern) if isinstance(pattern, str) else pattern,
         (exclude,) if isinstance(exclude, str) else tuple(exclude),
-        {"source": str(calibration), "n_sequences": n_sequences, "seq_len": seq_len}
-        if ids is None
-        else {"source": token_source(ids), "n_sequences": ids.shape[0], "seq_len": ids.shape[1]},
+        {
+            **(
+                {"source": str(calibration), "n_sequences": n_sequences, "seq_len": seq_len}
+                if ids is None
+                else {"source": token_source(ids), "n_sequences": ids.shape[0], "seq_len": ids.shape[1]}
+            ),
+            "n_held_out": n_held_out,
+        },
         stream or {},
-        {"seed": seed, "dtype": dtype, "allow_sparse": allow_sparse},
+        allocate or {},
+        {
+            "seed": seed,
+            "dtype": dtype,
+            "allow_sparse": allow_sparse,
+            "permute": kinds_of(permute),
+            "polish": Polish() if polish is True else polish or None,
+            "reconstruct": Reconstruct() if reconstruct is True else reconstruct or None,
+            "loss_aware": LossAware() if loss_aware is True else loss_aware or None,
+        },
     )
     if in_memory is None:
         if out is None:
@@ -113,8 +154,8 @@ def prune(
                 "out is missing: a model that is not in memory is pruned into a run folder, such as out='runs/x'."
             )
         results = prune_run(recipe, Path(out), machine, ids, report)
-        return PruneResult({}, results.linears, results, Path(out))
-    needs_text = bool(recipe.method.needs) and ids is None
+        return PruneResult({}, results.linears, results, Path(out), results.allocation)
+    needs_text = recipe.calibrated and ids is None
     if needs_text and tokenizer is None and not recipe.calibration.source.endswith(".safetensors"):
         raise InputError(
             "tokenizer is missing: a model in memory has none. Pass tokenizer=, or token ids as calibration."
@@ -128,7 +169,7 @@ def prune(
     results = prune_run(recipe, place, machine, ids, report)
     finished = type(in_memory).from_pretrained(RunFolder(place).model, dtype=in_memory.dtype)
     in_memory.load_state_dict(finished.state_dict())
-    return PruneResult({}, results.linears, results, place)
+    return PruneResult({}, results.linears, results, place, results.allocation)
 
 
 def _recipe(
@@ -138,6 +179,7 @@ def _recipe(
     exclude: tuple[str, ...],
     calibration: Mapping[str, Any],
     stream: Mapping[str, Any],
+    allocate: Mapping[str, Any],
     rest: Mapping[str, Any],
 ) -> Recipe:
     """A recipe from the caller's arguments, checked as one from a file is."""
@@ -145,6 +187,7 @@ def _recipe(
     sections = {
         "calibration": section(faults, "calibration", CalibrationRecipe, calibration),
         "stream": section(faults, "stream", StreamRecipe, stream),
+        "allocate": section(faults, "allocate", AllocateRecipe, allocate),
     }
     if faults:
         raise InputError(" ".join(faults))
@@ -228,18 +271,37 @@ def _prune_in_place(
         raise InputError(f"device is {machine.device!r}; a model in memory stays on its own, {decoder.device}.")
     if not recipe.allow_sparse:
         refuse_sparse(decoder, "the model")
-    selections = select(decoder, recipe.pattern, recipe.exclude)
+    selections = select_fitting(decoder, recipe)
     windows = None
-    if recipe.method.needs:
+    if recipe.calibrated:
         windows, _ = calibration_windows(recipe, tokenizer, decoder.config, token_ids)
-    options = StreamOptions(**asdict(recipe.stream), hidden_budget=machine.hidden_budget)
+    check_permute(recipe, decoder, selections)
+    permutation = permute_model(recipe, machine, decoder, selections, windows, report)
+    selections, allocation, _ = allocated(recipe, machine, decoder, selections, windows, report)
+    options = StreamOptions(**asdict(recipe.stream), hidden_budget=machine.hidden_budget, n_held_out=recipe.n_held_out)
     masks: dict[str, Tensor] = {}
     linears: list[LinearResult] = []
-    walk = prune_layers(decoder, windows, recipe.method, recipe.pattern, selections, options, scratch=machine.scratch)
-    with closing(walk) as steps:
-        for step in steps:
+    with ExitStack() as stack:
+        place = tempfile.TemporaryDirectory(prefix="nmprune-gradients-", dir=machine.scratch)
+        gradients = GradientFiles(Path(stack.enter_context(place)))
+        if windows is not None:
+            blocks = recipe.token_blocks
+            collect_gradients(gradients, decoder, windows, selections, recipe.pruner.needs, machine, report, blocks)
+        walk = prune_layers(
+            decoder,
+            windows,
+            recipe.pruner,
+            recipe.pattern,
+            selections,
+            options,
+            scratch=machine.scratch,
+            gradients=gradients.of_linear,
+            token_weights=token_weights(gradients, recipe.loss_aware),
+        )
+        for step in stack.enter_context(closing(walk)):
             report(layer_progress(step, decoder.n_layers))
             if isinstance(step, LayerDone):
                 masks |= {one.name: one.pruned.mask for one in step.linears}
                 linears += step.records()
-    return PruneResult(masks, tuple(linears))
+    moved = permutation.permutations if permutation is not None else {}
+    return PruneResult(masks, tuple(linears), allocation=allocation, permutations=moved)

@@ -19,12 +19,16 @@ from nmprune.checkpoint import (
     read_npz,
     write_checkpoint,
 )
+from nmprune.checkpoint.permutation_file import PERMUTATION_FILE
 from nmprune.errors import InputError, near_matches
 from nmprune.methods import METHODS
 from nmprune.pattern import Pattern
+from nmprune.refine import Reconstruct
 from nmprune.run.compare import mask_path
-from nmprune.run.description import self_description
+from nmprune.run.description import self_description, words_of
 from nmprune.run.find_model import find_model
+from nmprune.run.permute import permute_as
+from nmprune.run.permuted_base import read_permutation_for
 from nmprune.run.progress import Progress, Report, silent
 from nmprune.stream import DecoderModel
 
@@ -83,13 +87,14 @@ def apply_masks(
     report(Progress("open", text=f"opening {model}"))
     decoder = DecoderModel.open(find_model(model), trust_remote_code=trust_remote_code, allow_sparse=allow_sparse)
     assert decoder.checkpoint is not None
-    base = decoder.checkpoint
     linears = _linears_by_tensor(decoder)
-    entries = _read(file, base, linears, pattern)
+    entries = _read(file, decoder.checkpoint, linears, pattern)
+    permutation = _permute(decoder, entries, file)
+    base = decoder.checkpoint
     _check_fit(file, entries, base, linears)
-    words = ", ".join(found.words for found in entries.patterns())
+    words = words_of(entries.patterns())
     pruned, dense = _split(decoder, linears, entries)
-    key = self_description(words, {"name": entries.method}, checksum(file), pruned, dense)
+    key = self_description(pruned, {"name": entries.method}, checksum(file), dense, permutation, entries.permutation)
     done = 0
 
     def wrote(n_bytes: int) -> None:
@@ -105,6 +110,19 @@ def apply_masks(
     return Applied(
         str(out), str(base.folder), str(file), words, len(entries.masks), entries.density(), _notices(entries, base)
     )
+
+
+def _permute(decoder: DecoderModel, entries: MaskFile, file: Path) -> tuple[str, ...]:
+    """Bring the model's channels into the order that the masks are for; the kinds that were moved."""
+    if not entries.permutation:
+        return ()
+    place = file.with_name(PERMUTATION_FILE)
+    found = read_permutation_for(place, entries.permutation, file)
+    try:
+        permute_as(decoder, found)
+    except InputError as error:
+        raise error.located(str(place)) from error
+    return found.moved
 
 
 def _linears_by_tensor(decoder: DecoderModel) -> dict[str, list[Linear]]:
@@ -158,12 +176,12 @@ def _misfit(tensor: str, entry: TensorMask, base: Checkpoint, linears: dict[str,
 
 def _split(
     decoder: DecoderModel, linears: dict[str, list[Linear]], entries: MaskFile
-) -> tuple[list[str], list[DenseLinear]]:
-    """Names of the linears that the masks prune; all other linears, with reasons."""
+) -> tuple[dict[str, Pattern], list[DenseLinear]]:
+    """Names of the linears that the masks prune, with their patterns; all other linears, with reasons."""
     dense = [*decoder.dense_outside()]
     for index in range(decoder.n_layers):
         dense += decoder.linears(index)[1]
-    pruned: list[str] = []
+    pruned: dict[str, Pattern] = {}
     for tensor, of_tensor in linears.items():
         entry = entries.masks.get(tensor)
         for linear in of_tensor:
@@ -173,7 +191,7 @@ def _split(
             elif any(a <= start < b for a, b in entry.dense_rows):
                 dense.append(DenseLinear(linear.name, linear.shape, "dense by the mask file"))
             else:
-                pruned.append(linear.name)
+                pruned[linear.name] = entry.pattern
     return pruned, dense
 
 
@@ -187,7 +205,8 @@ def _notices(entries: MaskFile, base: Checkpoint) -> tuple[str, ...]:
             f"the masks were made for {entries.model or 'another model'} ({entries.fingerprint[:12]}), not for these very "
             "weights; shapes and names fit. Measure the result.",
         ]
-    if entries.method in METHODS and METHODS[entries.method].updates_weights:
+    parts = entries.method.split("+")  # a method, and the steps after it
+    if Reconstruct.name in parts or any(METHODS[part].updates_weights for part in parts if part in METHODS):
         notices = [
             *notices,
             f"the masks were chosen by {entries.method}, which also moves kept weights; here they stay as they are.",

@@ -45,11 +45,27 @@ def compare_masks(a: Path, b: Path) -> MaskDiff:
         masks_b = read_masks(file_b)
         return diff(_like(file_a, masks_b), masks_b)
     masks_a = read_masks(file_a)
-    return diff(masks_a, _like(file_b, masks_a) if file_b in npz else read_masks(file_b))
+    if file_b in npz:
+        return diff(masks_a, _like(file_b, masks_a))
+    masks_b = read_masks(file_b)
+    if masks_a.permutation != masks_b.permutation:
+        which = [
+            f"{file}: {(masks.permutation or 'none')[:12]}" for file, masks in ((file_a, masks_a), (file_b, masks_b))
+        ]
+        raise InputError(
+            f"the masks belong to different orders of the model's channels (permutation {', '.join(which)}): at the same place "
+            "they rule different weights. Compare runs with the same --permute and the same permutation."
+        )
+    return diff(masks_a, masks_b)
 
 
 def _like(npz: Path, other: MaskFile) -> MaskFile:
     """An npz read with the shapes, axes and pattern of another file."""
+    if other.permutation:
+        raise InputError(
+            f"{npz}: an npz does not say in which order its model's channels are, and the other file's were reordered: at the "
+            "same place they may rule different weights."
+        )
     patterns = other.patterns()
     if len(patterns) != 1:
         raise InputError(f"{npz}: an npz has one pattern, the other file has {', '.join(map(str, patterns))}.")

@@ -22,7 +22,7 @@ from nmprune.run.base import find_base, wrong_base
 from nmprune.run.find_model import find_model
 from nmprune.run.folder import RunFolder, write_text
 from nmprune.run.machine import Machine
-from nmprune.run.progress import Progress, Report, Stage, silent
+from nmprune.run.progress import Progress, Report, Stage, report_untied, silent
 from nmprune.run.recipe import DTYPES
 from nmprune.run.tokens import check_windows, load_tokenizer
 from nmprune.stream import DecoderModel, DTypeName
@@ -95,7 +95,7 @@ class Evaluation:
         seq_len: tokens per window.
         n_windows: windows measured.
         windows_checksum: sha256 of their token ids: equal checksums, equal windows.
-        dtype: compute dtype.
+        dtype: compute dtype of all models, such as "float32".
         device: where it ran.
         models: dense before pruned.
         saved: the file that holds this; empty for a plain model.
@@ -139,7 +139,8 @@ def evaluate(
             raise InputError(f"{path} is not a run folder, so --base has no meaning. Leave it out.")
         source = find_model(path)
         bench = _Bench(source, measure, machine, device, report)
-        return bench.evaluation((bench.measured("model", source, Checkpoint.open(source).fingerprint()),))
+        model = bench.open(source)
+        return bench.evaluation((bench.measured("model", model, Checkpoint.open(source).fingerprint()),), model)
     folder = RunFolder(Path(path))
     results, recipe = folder.read_results(), folder.read_recipe()
     dense = find_base(folder, recipe.model, base)
@@ -148,13 +149,20 @@ def evaluate(
         raise wrong_base(dense, fingerprint, results.model_fingerprint)
     bench = _Bench(folder.model, measure, machine, device, report)
     file = folder.path / "evaluations" / bench.file_name
-    before = bench.saved_dense(file, fingerprint) or bench.measured("dense", dense, fingerprint)
-    after = bench.measured("pruned", folder.model, Checkpoint.open(folder.model).fingerprint())
-    evaluation = dataclasses.replace(bench.evaluation((before, after)), saved=str(file))
+    model = bench.open(dense)
+    before = bench.saved_dense(file, model, fingerprint) or bench.measured("dense", model, fingerprint)
+    pruned = bench.open(folder.model, dtype_name(model))
+    after = bench.measured("pruned", pruned, Checkpoint.open(folder.model).fingerprint())
+    evaluation = dataclasses.replace(bench.evaluation((before, after), model), saved=str(file))
     kept = {**dataclasses.asdict(evaluation)}
     del kept["saved"]
     write_text(file, json.dumps(kept, indent=1) + "\n")
     return evaluation
+
+
+def dtype_name(model: DecoderModel) -> DTypeName:
+    """The dtype that "auto" came to."""
+    return str(model.dtype).removeprefix("torch.")  # type: ignore[return-value]
 
 
 class _Bench:
@@ -177,18 +185,25 @@ class _Bench:
         parts = (self.text.name, self.text.split, f"{self.measure.seq_len}x{len(self.windows)}")
         return "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts) + ".json"
 
-    def measured(self, what: What, folder: Path, fingerprint: str) -> Measured:
-        """Run one model over the windows."""
-        start = time.perf_counter()
-        dtype: DTypeName = self.measure.dtype  # type: ignore[assignment]
+    def open(self, folder: Path, dtype: DTypeName | None = None) -> DecoderModel:
+        """The model in the dtype asked for, or in that of the model beside which it stands."""
+        asked: DTypeName = self.measure.dtype  # type: ignore[assignment]
         model = DecoderModel.open(
             folder,
             device=self.device,
-            dtype=dtype,
+            dtype=dtype or asked,
             trust_remote_code=self.measure.trust_remote_code,
             allow_sparse=True,
         )
         check_windows(self.windows, model.config)
+        report_untied(model.untied, self.report)
+        return model
+
+    def measured(self, what: What, model: DecoderModel, fingerprint: str) -> Measured:
+        """Run one model over the windows."""
+        start = time.perf_counter()
+        assert model.checkpoint is not None
+        folder = model.checkpoint.folder
         stage: Stage = "measure" if what == "model" else what
         self.report(Progress(stage, text=f"measuring the {what + ' model' if what != 'model' else 'model'}: {folder}"))
         nlls = streamed_nlls(
@@ -202,13 +217,13 @@ class _Bench:
         found = summarise(nlls, self.text, self.measure.seq_len)
         return Measured(what, str(folder), fingerprint, found, time.perf_counter() - start)
 
-    def saved_dense(self, file: Path, fingerprint: str) -> Measured | None:
+    def saved_dense(self, file: Path, model: DecoderModel, fingerprint: str) -> Measured | None:
         """The dense number of an earlier measurement, where it is of these very weights, windows, dtype and device."""
         if not file.is_file():
             return None
         try:
             saved = json.loads(file.read_text())
-            same = all(saved[key] == value for key, value in self._key().items())
+            same = all(saved[key] == value for key, value in self._key(model).items())
             dense = next(one for one in saved["models"] if one["what"] == "dense")
             if not same or dense["fingerprint"] != fingerprint:
                 return None
@@ -219,7 +234,7 @@ class _Bench:
         self.report(Progress("open", text=f"dense model: measured before, see {file}"))
         return found
 
-    def evaluation(self, models: tuple[Measured, ...]) -> Evaluation:
+    def evaluation(self, models: tuple[Measured, ...], model: DecoderModel) -> Evaluation:
         """The numbers with what they were measured on."""
         return Evaluation(
             text=self.text.name,
@@ -227,13 +242,13 @@ class _Bench:
             seq_len=self.measure.seq_len,
             n_windows=len(self.windows),
             windows_checksum=self.checksum,
-            dtype=self.measure.dtype,
+            dtype=dtype_name(model),
             device=str(self.device),
             models=models,
         )
 
-    def _key(self) -> dict[str, Any]:
-        return {"windows_checksum": self.checksum, "dtype": self.measure.dtype, "device": str(self.device)}
+    def _key(self, model: DecoderModel) -> dict[str, Any]:
+        return {"windows_checksum": self.checksum, "dtype": dtype_name(model), "device": str(self.device)}
 
 
 def _text(source: str | None, report: Report) -> Text:

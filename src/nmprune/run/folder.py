@@ -1,7 +1,8 @@
 """A run on disk: atomic writes, one progress file per finished layer, resume.
 
-Layout: recipe.yaml, calibration.safetensors, masks.safetensors, model/, results.json (last, by rename), README.md,
-progress/ (until the run is finished), base/ (only where a model in memory was pruned). docs/formats.md is the law.
+Layout: recipe.yaml, calibration.safetensors, allocation.json (only where patterns are mixed), masks.safetensors, model/,
+results.json (last, by rename), README.md, progress/ (until the run is finished), base/ (only where a model in memory was
+pruned). docs/formats.md is the law.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from torch import Tensor
 
 from nmprune import masks
 from nmprune.checkpoint.durable import atomic_file, flush_folder, writing
+from nmprune.checkpoint.permutation_file import PERMUTATION_FILE
 from nmprune.errors import InputError
 from nmprune.methods import Pruned
 from nmprune.results import LinearResult, Results
 from nmprune.run.recipe import Recipe
-from nmprune.stream import LayerDone
+from nmprune.stream import LayerDone, Restart
 
 # Hidden states are kept at most this often: a resume recomputes at most about this much forward work.
 HIDDEN_INTERVAL_SECONDS = 120.0
@@ -44,14 +46,18 @@ class RunFolder:
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.yaml"
         self.tokens_file = self.path / "calibration.safetensors"
+        self.allocation_file = self.path / "allocation.json"
         self.masks_file = self.path / "masks.safetensors"
+        self.permutation_file = self.path / PERMUTATION_FILE
         self.model = self.path / "model"
         self.base = self.path / "base"
         self.results_file = self.path / "results.json"
         self.card = self.path / "README.md"
         self.progress = self.path / "progress"
+        self.gradients = self.progress / "gradients"
         self._hidden_file = self.progress / "hidden.safetensors"
         self._sessions_file = self.progress / "sessions.json"
+        self.permute_seconds = self.progress / "permute_seconds"
         self._hidden_saved = time.monotonic()
 
     @property
@@ -98,8 +104,16 @@ class RunFolder:
 
     def _clear_partial(self) -> None:
         """Delete what a killed session was writing; model.partial and base.partial are their writers' to replace."""
-        ours = (self.recipe_file, self.tokens_file, self.masks_file, self.results_file, self.card)
-        for left in (*(_partial(file) for file in ours), *self.progress.glob("*.partial")):
+        ours = (
+            self.recipe_file,
+            self.tokens_file,
+            self.allocation_file,
+            self.masks_file,
+            self.permutation_file,
+            self.results_file,
+            self.card,
+        )
+        for left in (*(_partial(file) for file in ours), *self.progress.rglob("*.partial")):
             with writing(left, 0):
                 if left.is_dir():
                     shutil.rmtree(left)
@@ -177,21 +191,25 @@ class RunFolder:
         record = {"linears": [dataclasses.asdict(one) for one in done.records()], "seconds": done.seconds}
         write_tensors(self.layer_file(done.index), tensors, {"record": json.dumps(record)})
         if done.hidden is not None and time.monotonic() - self._hidden_saved >= HIDDEN_INTERVAL_SECONDS:
-            write_tensors(self._hidden_file, {"hidden": done.hidden}, {"layer": str(done.index + 1)})
+            kept = {"hidden": done.hidden}
+            if done.dense_hidden is not None:
+                kept["dense"] = done.dense_hidden
+            write_tensors(self._hidden_file, kept, {"layer": str(done.index + 1)})
             self._hidden_saved = time.monotonic()
 
     def layer(self, index: int) -> SavedLayer | None:
         """A finished layer of an interrupted run; None where it is not finished."""
         return SavedLayer(self.layer_file(index)) if self.layer_file(index).is_file() else None
 
-    def saved_hidden(self) -> tuple[int, Tensor] | None:
-        """(layer, its input hidden states) where an interrupted run kept them and all layers before it."""
+    def saved_hidden(self) -> Restart | None:
+        """A layer's input hidden states, where an interrupted run kept them and all layers before it."""
         if not self._hidden_file.is_file():
             return None
         with open_tensors(self._hidden_file) as file:
             layer = int(file.metadata()["layer"])
             whole = all(self.layer_file(index).is_file() for index in range(layer))
-            return (layer, file.get_tensor("hidden")) if whole else None
+            dense = file.get_tensor("dense") if "dense" in file.keys() else None  # noqa: SIM118  no mapping
+            return Restart(layer, file.get_tensor("hidden"), dense) if whole else None
 
     def finish(self, results: Results) -> None:
         """Write results.json, then give the progress files' space back."""

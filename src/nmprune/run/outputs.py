@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -23,10 +24,12 @@ from nmprune.checkpoint import (
     write_checkpoint,
     write_masks,
 )
+from nmprune.checkpoint.permutation_file import read_permutation
 from nmprune.methods import Pruned
-from nmprune.results import DenseResult, LinearResult, Results
-from nmprune.run.description import self_description
+from nmprune.results import AllocationResult, DenseResult, LinearResult, Results
+from nmprune.run.description import self_description, words_of
 from nmprune.run.folder import RunFolder, SavedLayer
+from nmprune.run.gradients import GradientFiles
 from nmprune.run.machine import PeakMemory
 from nmprune.run.progress import Progress, Report
 from nmprune.run.recipe import Recipe
@@ -43,12 +46,26 @@ class Outputs:
         recipe: what was done.
         model: the dense model, opened from its folder.
         selections: what was pruned and what stayed dense, layer by layer.
+        allocation: how mixed patterns were chosen; None where all linears have the recipe's pattern.
+        allocate_seconds: what that took.
     """
 
     def __init__(
-        self, folder: RunFolder, recipe: Recipe, model: DecoderModel, selections: Sequence[LayerSelection]
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        model: DecoderModel,
+        selections: Sequence[LayerSelection],
+        allocation: AllocationResult | None = None,
+        allocate_seconds: float = 0.0,
     ) -> None:
         self._folder, self._recipe = folder, recipe
+        self._allocation, self._allocate_seconds = allocation, allocate_seconds
+        self._patterns = {
+            linear.name: selection.patterns.get(linear.name, recipe.pattern)
+            for selection in selections
+            for linear in selection.prune
+        }
         assert model.checkpoint is not None
         self._base: Checkpoint = model.checkpoint
         self._selections = selections
@@ -59,6 +76,9 @@ class Outputs:
             for linear in selection.prune:
                 self._layer_of[linear.tensor] = index
                 self._by_tensor[linear.tensor].append(linear)
+        self._permutation = read_permutation(folder.permutation_file) if recipe.permute else None
+        moved = self._permutation is not None and self._permutation.permutations
+        self._permutation_checksum = checksum(folder.permutation_file) if moved else ""
         self._write_seconds = 0.0
         self._open: tuple[int, dict[str, Pruned]] | None = None
 
@@ -104,7 +124,7 @@ class Outputs:
             tensor: TensorMask(
                 partial(self._packed, tensor),
                 self._base.info(tensor).shape,
-                self._recipe.pattern,
+                self._patterns[linears[0].name],
                 linears[0].on_disk.group_axis,
                 self._dense_rows(tensor),
             )
@@ -112,7 +132,14 @@ class Outputs:
         }
         write_masks(
             self._folder.masks_file,
-            MaskFile(entries, self._recipe.method.name, self._recipe.model, self._base.fingerprint(), VERSION),
+            MaskFile(
+                entries,
+                self._recipe.pruner.name,
+                self._recipe.model,
+                self._base.fingerprint(),
+                VERSION,
+                self._permutation_checksum,
+            ),
         )
         self._write_seconds += time.perf_counter() - start
 
@@ -140,28 +167,41 @@ class Outputs:
 
         report(Progress("model", 0, total, f"writing {self._folder.model} ({total / 2**20:,.0f} MiB)"))
         description = self_description(
-            self._recipe.pattern.words,
-            {"name": self._recipe.method.name, **self._recipe.method.hyper_parameters()},
+            self._patterns,
+            self._method(),
             checksum(self._folder.masks_file),
-            (linear.name for selection in self._selections for linear in selection.prune),
             self._dense,
+            self._permutation.moved if self._permutation is not None else (),
+            self._permutation_checksum,
         )
         write_checkpoint(
             self._base, self._folder.model, self._replace, set(self._by_tensor), {"nmprune": description}, wrote
         )
         self._write_seconds += time.perf_counter() - start
 
+    def _method(self) -> dict[str, Any]:
+        """Name and every setting, those of token weights included."""
+        pruner, loss_aware = self._recipe.pruner, self._recipe.loss_aware
+        weighted = {} if loss_aware is None else {"loss_aware": asdict(loss_aware)}
+        return {"name": pruner.name, **pruner.hyper_parameters(), **weighted}
+
     def results(
         self, origin: dict[str, Any] | None, sessions: int, peak: PeakMemory, machine: dict[str, Any]
     ) -> Results:
         """Everything for results.json."""
         seconds: defaultdict[str, float] = defaultdict(float)
+        if self._allocation is not None:
+            seconds["allocate"] = self._allocate_seconds
         linears: list[LinearResult] = []
         for index in range(len(self._selections)):
             saved = self._saved(index)
             linears += saved.linears
             for phase, value in saved.seconds.items():
                 seconds[phase] += value
+        if self._recipe.gradient_pass:
+            seconds["gradients"] = GradientFiles(self._folder.gradients).seconds()
+        if self._folder.permute_seconds.is_file():
+            seconds["permute"] = float(self._folder.permute_seconds.read_text())
         seconds["write"] = self._write_seconds
         in_linears = sum(math.prod(one.shape) for one in linears)
         kept = sum(round(one.density * math.prod(one.shape)) for one in linears)
@@ -170,10 +210,10 @@ class Outputs:
         return Results(
             model=recipe.model,
             model_fingerprint=self._base.fingerprint(),
-            method={"name": recipe.method.name, **recipe.method.hyper_parameters()},
-            pattern=str(recipe.pattern),
-            pattern_words=recipe.pattern.words,
-            updates_weights=recipe.method.updates_weights,
+            method=self._method(),
+            pattern=", ".join(map(str, sorted(set(self._patterns.values())))),
+            pattern_words=words_of(self._patterns.values()),
+            updates_weights=recipe.pruner.updates_weights,
             calibration=origin,
             weights_in_linears=in_linears,
             weights_kept=kept,
@@ -187,4 +227,6 @@ class Outputs:
             machine=machine,
             linears=tuple(linears),
             dense=tuple(DenseResult(one.name, one.shape, one.reason) for one in self._dense),
+            allocation=self._allocation,
+            permutation=self._permutation.results if self._permutation is not None else (),
         )

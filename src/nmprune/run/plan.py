@@ -13,13 +13,20 @@ import torch
 
 from nmprune.architectures import DenseLinear, Linear, starred
 from nmprune.checkpoint import DEMO_MODEL
+from nmprune.prepare.layer_sums import n_token_blocks
 from nmprune.report.plan import Plan, RolePlan
 from nmprune.run import rehearsal
+from nmprune.run.allocate import select_fitting
 from nmprune.run.find_model import find_config
 from nmprune.run.machine import Machine
+from nmprune.run.permute import check_permute
+from nmprune.run.plan_allocation import NOTE, AllocationSizes
+from nmprune.run.plan_gradients import GradientSizes
+from nmprune.run.plan_permute import PermuteSizes
 from nmprune.run.probe import Rates, measure, signature
 from nmprune.run.recipe import Recipe
-from nmprune.stream import DecoderModel, DTypeName, LayerSelection, default_batch_size, select
+from nmprune.stats import GRADIENTS
+from nmprune.stream import DecoderModel, DTypeName, LayerSelection, default_batch_size
 from nmprune.stream.selection import stage_of
 
 _HEADROOM = 0.9  # share of a device's memory that a plan counts on: the allocator and the context need the rest
@@ -62,7 +69,7 @@ def plan(
         trust_remote_code=recipe.trust_remote_code,
         allow_sparse=recipe.allow_sparse,
     )
-    selections = select(model, recipe.pattern, recipe.exclude)
+    selections = select_fitting(model, recipe)
     sizes = _Sizes(recipe, machine, model, selections)
     on_accelerator = device_memory is not None or device.type != "cpu"
     rehearsed = None
@@ -72,18 +79,28 @@ def plan(
     seconds = None
     if timed and device_memory is None:
         nearest = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
-        seconds = sizes.seconds(measure(model, recipe.method, recipe.pattern, sizes.batch, nearest))
+        rates = measure(model, recipe.pruner, recipe.pattern, sizes.batch, nearest, recipe.token_blocks)
+        seconds = sizes.seconds(rates)
+        if sizes.allocation is not None:
+            stored = sizes.parameters * sizes.stored_size
+            observed = [sizes.observed(selection) for selection in selections]
+            seconds["allocate"] = sizes.allocation.seconds(observed, stored, nearest)
+        if sizes.permute is not None:
+            stored = sizes.parameters * sizes.stored_size
+            observed = [sizes.observed(selection) for selection in selections]
+            seconds["permute"] = sizes.permute.seconds(observed, stored, nearest)
     return Plan(
         model=recipe.model,
-        method=recipe.method.name,
-        pattern=recipe.pattern.words,
+        method=recipe.pruner.name,
+        pattern=recipe.pattern_words,
         parameters=sizes.parameters,
         n_layers=model.n_layers,
         linears=_roles(selections),
         dense=_dense([*model.dense_outside(), *(one for selection in selections for one in selection.dense)]),
-        global_sparsity=sizes.in_linears * recipe.pattern.sparsity / sizes.parameters,
-        calibration=(recipe.calibration.n_sequences, *sizes.batch[::-1]) if recipe.method.needs else None,
-        layer_passes=sizes.passes,
+        global_sparsity=sizes.in_linears * (1 - recipe.density) / sizes.parameters,
+        calibration=(recipe.calibration.n_sequences, *sizes.batch[::-1]) if recipe.calibrated else None,
+        layer_passes=sizes.passes
+        + sum(one.passes for one in (sizes.gradients, sizes.allocation, sizes.permute) if one is not None),
         memory=memory,
         peak_memory=max(sum(parts.values()) for parts in memory.values()),
         limit=_limit(device, device_memory),
@@ -121,21 +138,51 @@ class _Sizes:
         self.stored_size = _stored_size(model)
         config = model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
-        self.hidden_bytes = n_sequences * seq_len * self.hidden_size * self.compute_size
+        self.streams = 2 if "cross_gram" in recipe.pruner.needs else 1  # the pruned model; the dense one beside it
+        self.hidden_bytes = self.streams * n_sequences * seq_len * self.hidden_size * self.compute_size
         self.layer_weights = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
         outside = sum(tensor.numel() for name, tensor in state.items() if not name.startswith(model.family.layers))
         self.outside_weights = outside - sum(state[name].numel() for name in tied)
         self.head_weights = 0 if tied else _numel(model.model.get_output_embeddings())
+        self.gradients: GradientSizes | None = None
+        if recipe.gradient_pass:
+            shape = (n_sequences, seq_len)
+            self.gradients = GradientSizes(
+                model,
+                selections,
+                recipe.pruner.needs,
+                shape,
+                self.hidden_size,
+                config.vocab_size,
+                machine.hidden_budget,
+                recipe.token_blocks,
+            )
+
+        self.allocation: AllocationSizes | None = None
+        if recipe.choices:
+            width = max(_activation_width(selection.prune, self.hidden_size) for selection in selections)
+            self.allocation = AllocationSizes(model, selections, recipe, self.batch, width)
+        self.permute: PermuteSizes | None = None
+        if recipe.permute:
+            check_permute(recipe, model, selections)
+            width = max(_activation_width(selection.prune, self.hidden_size) for selection in selections)
+            self.permute = PermuteSizes(model, selections, recipe, self.batch, width)
 
     @property
     def calibrated(self) -> bool:
-        """Whether there are forwards at all."""
-        return bool(self.recipe.method.needs)
+        """Whether the stream makes forwards at all; gradients come from a pass before it."""
+        return bool(self.recipe.pruner.needs - GRADIENTS)
 
     @property
     def from_text(self) -> bool:
         """Whether a tokenizer and a text are needed."""
-        return self.calibrated and not self.recipe.calibration.source.endswith(".safetensors")
+        return self.recipe.calibrated and not self.recipe.calibration.source.endswith(".safetensors")
+
+    @property
+    def holds_hidden(self) -> bool:
+        """Whether hidden states of all calibration tokens are held, by the stream or while patterns are allocated."""
+        dense_pass = self.allocation is not None or (self.permute is not None and self.recipe.calibrated)
+        return self.calibrated or dense_pass
 
     @property
     def passes(self) -> int:
@@ -147,12 +194,12 @@ class _Sizes:
             return n_layers
         stages = [len({stage_of(one) for one in selection.prune}) for selection in self.selections]
         observing = sum(stages) if self.recipe.stream.true_sequential else n_layers
-        return observing + n_layers - 1
+        return observing + n_layers - 1 + (self.streams - 1) * n_layers
 
     @property
     def rehearsable(self) -> bool:
         """Whether two decoder layers can be walked in about a minute."""
-        method = self.recipe.method
+        method = self.recipe.pruner
         flops = max(sum(method.solver_flops(*one.shape) for one in selection.prune) for selection in self.selections)
         return rehearsal.affordable(max(self.layer_weights), flops)
 
@@ -165,31 +212,47 @@ class _Sizes:
         """
         if on_accelerator:
             stages = {"layers": self._layer_stage(hidden=False)}
-            if self.calibrated:
+            if self.allocation is not None:
+                stages["allocation"] = self.allocation.memory()
+            if self.permute is not None:
+                stages["permutation"] = self.permute.memory()
+            if self.holds_hidden:
                 stages["embedding"] = {"embedding": self._embedding()}
+            if self.gradients is not None:
+                stages |= self.gradients.memory(False, self.outside_weights)
             return stages
         base = {"libraries": _LIBRARIES}
         if self.from_text:
             base["tokenizer and text"] = _AFTER_TEXT
         layers = {**base, **self._layer_stage(hidden=True)}
         if rehearsed is not None:
-            rehearsed_tokens = rehearsal.N_BATCHES * self.batch[0] * self.batch[1] if self.calibrated else 0
-            rehearsed_hidden = rehearsed_tokens * self.hidden_size * self.compute_size
+            rehearsed_tokens = rehearsal.N_BATCHES * self.batch[0] * self.batch[1] if self.holds_hidden else 0
+            rehearsed_hidden = self.streams * rehearsed_tokens * self.hidden_size * self.compute_size
             layers = {
                 "libraries, decoder layer, statistics, forward, solver (rehearsed)": rehearsed - rehearsed_hidden,
                 "hidden states": self._hidden_in_memory(),
+                **self._token_weights(),
                 **({"tokenizer and text": _AFTER_TEXT} if self.from_text else {}),
             }
         stages = {"layers": layers, "writing": {**base, **self._write_stage()}}
-        if self.calibrated:
+        if self.permute is not None:
+            hidden = {"hidden states": self._hidden_in_memory()}
+            stages["permutation"] = {**base, **hidden, **self.permute.memory()}
+        if self.allocation is not None and rehearsed is None:  # what is rehearsed takes it in
+            hidden = {"hidden states": self._hidden_in_memory()}
+            stages["allocation"] = {**base, **hidden, **self.allocation.memory()}
+        if self.holds_hidden:
             stages["embedding"] = {**base, "embedding": self._embedding(), "hidden states": self._hidden_in_memory()}
+        if self.gradients is not None:
+            parts = self.gradients.memory(True, self.outside_weights)
+            stages |= {stage: {**base, **of_stage} for stage, of_stage in parts.items()}
         if self.from_text:
             stages["calibration text"] = {"tokenizer and text": _DURING_TEXT}
         return stages
 
     def _hidden_in_memory(self) -> int:
         """Hidden states past the budget lie in a file; its mapped pages count as far as they are in use."""
-        return min(self.hidden_bytes, self.machine.hidden_budget) if self.calibrated else 0
+        return min(self.hidden_bytes, self.machine.hidden_budget) if self.holds_hidden else 0
 
     def _embedding(self) -> int:
         """The embedding in the compute dtype, and while it is converted in the checkpoint's, too."""
@@ -201,7 +264,7 @@ class _Sizes:
         linears = self.selections[worst].prune
         tokens = self.batch[0] * self.batch[1]
         parts = {"decoder layer": self.layer_weights[worst] * self.compute_size}
-        method = self.recipe.method
+        method = self.recipe.pruner
         solving = max(
             (4 * math.prod(one.shape) + method.solver_bytes(*one.shape) for one in linears),
             default=0,
@@ -211,34 +274,50 @@ class _Sizes:
             return {**parts, "solver": solving, "masks and moved weights of the layer": results}
         if hidden:
             parts["hidden states"] = self._hidden_in_memory()
-        parts["statistics"] = self._statistics(linears)
+        parts |= {"statistics": self._statistics(linears), **self._token_weights()}
         forward = tokens * _activation_width(linears, self.hidden_size) * self.compute_size
         parts["batch in the forward, or solver"] = max(forward, solving + results)
         return parts
 
+    def _token_weights(self) -> dict[str, int]:
+        """What a layer's tokens count, where that is loss-aware: it is at hand while the layer is observed."""
+        if self.gradients is None or not self.recipe.token_blocks:
+            return {}
+        return {"token weights": max(self.gradients.token_weights_of(one.prune) for one in self.selections)}
+
     def _statistics(self, linears: Sequence[Linear]) -> int:
-        widths = {one.shared_input: one.shape[1] for one in linears}
-        if self.recipe.stream.true_sequential:
-            stages: defaultdict[str, dict[str, int]] = defaultdict(dict)
-            for one in linears:
-                stages[stage_of(one)][one.shared_input] = one.shape[1]
-            return max((sum(map(self._of_width, stage.values())) for stage in stages.values()), default=0)
-        return sum(self._of_width(width) for width in widths.values())
+        stages: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        for one in linears:
+            stage = stage_of(one) if self.recipe.stream.true_sequential else ""
+            stages[stage] |= dict.fromkeys(self._statistics_keys(one), one.shape[1])
+        return max((sum(map(self._of_width, stage.values())) for stage in stages.values()), default=0)
+
+    def _statistics_keys(self, linear: Linear) -> list[str]:
+        """The statistics that a linear reads: its shared input's, or one for each block of rows with token weights."""
+        n_blocks = n_token_blocks(linear, self.recipe.token_blocks)
+        return [f"{linear.name}:{block}" for block in range(n_blocks)] or [linear.shared_input]
 
     def _of_width(self, width: int) -> int:
-        needs = self.recipe.method.needs
-        return (4 * width * width if "input_gram" in needs else 0) + (8 * width if "input_sq_norm" in needs else 0)
+        needs = self.recipe.pruner.needs
+        vectors = len(needs & {"input_sq_norm", "input_sum"})
+        parts = 2 if "held_out_gram" in needs else 1
+        return 4 * parts * len(needs & {"input_gram", "cross_gram"}) * width * width + 8 * width * vectors
 
-    def _observed(self, selection: LayerSelection) -> list[tuple[int, float]]:
-        """(in_features, share of the tokens that it sees) of every shared input; an expert sees those routed to it."""
+    def observed(self, selection: LayerSelection, weighted: bool = False) -> list[tuple[int, float]]:
+        """(in_features, share of the tokens that it sees) of every shared input, or of all statistics of the stream where
+        tokens are `weighted`; an expert sees those routed to it."""
         config = self.model.config.get_text_config()
         experts = {one.in_module.expert for one in selection.prune if one.in_module.expert is not None}
         share = getattr(config, "num_experts_per_tok", 1) / max(len(experts), 1)
-        inputs = {one.shared_input: one for one in selection.prune}
+        inputs = {
+            key: one
+            for one in selection.prune
+            for key in (self._statistics_keys(one) if weighted else [one.shared_input])
+        }
         return [(one.shape[1], 1.0 if one.in_module.expert is None else share) for one in inputs.values()]
 
     def _results(self, linears: Sequence[Linear]) -> int:
-        per_weight = 1 + (self.stored_size if self.recipe.method.updates_weights else 0)
+        per_weight = 1 + (self.stored_size if self.recipe.pruner.updates_weights else 0)
         return per_weight * sum(math.prod(one.shape) for one in linears)
 
     def _write_stage(self) -> dict[str, int]:
@@ -254,12 +333,13 @@ class _Sizes:
 
     def disk(self) -> dict[str, int]:
         """Part -> bytes."""
-        moved = self.in_linears * self.stored_size if self.recipe.method.updates_weights else 0
+        moved = self.in_linears * self.stored_size if self.recipe.pruner.updates_weights else 0
         hidden = self.hidden_bytes if self.calibrated else 0
-        scratch = hidden if hidden > self.machine.hidden_budget else 0
+        scratch = self.hidden_bytes if self.holds_hidden and self.hidden_bytes > self.machine.hidden_budget else 0
         return {
             "progress (given back)": self.in_linears // 8 + moved + hidden,
             **({"hidden states past the budget (given back)": scratch} if scratch else {}),
+            **(self.gradients.disk() if self.gradients is not None else {}),
             "masks": self.in_linears // 8,
             "model": self.parameters * self.stored_size,
         }
@@ -272,16 +352,20 @@ class _Sizes:
             if self.calibrated:
                 passes = self.passes / self.model.n_layers
                 seconds["forward"] += passes * n_batches * rates.layer_seconds[signature(self.model.layers[index])]
-                for width, share in self._observed(selection):
+                for width, share in self.observed(selection, weighted=True):
                     seconds["statistics"] += n_batches * share * rates.statistics_seconds[width]
             seen: set[str] = set()
             for one in selection.prune:
-                seconds["solve"] += rates.solver_seconds[one.shape][one.shared_input in seen]
+                keys = set(self._statistics_keys(one))
+                first, later = rates.solver_seconds[one.shape]
+                seconds["solve"] += later + len(keys - seen) * (first - later)
                 seconds["measure"] += rates.measure_seconds[one.shape]
-                seen.add(one.shared_input)
+                seen |= keys
         stored = self.parameters * self.stored_size
+        if self.gradients is not None:
+            seconds["gradients"] = self.gradients.seconds(rates, stored)
         seconds["read"] = 2 * stored * rates.read_seconds
-        moved = self.disk()["model"] + self.in_linears * (self.stored_size if self.recipe.method.updates_weights else 0)
+        moved = self.disk()["model"] + self.in_linears * (self.stored_size if self.recipe.pruner.updates_weights else 0)
         seconds["write"] = moved * rates.write_seconds
         return dict(seconds)
 
@@ -318,6 +402,8 @@ def _dense(dense: Sequence[DenseLinear]) -> tuple[tuple[str, int, str], ...]:
 
 def _notes(recipe: Recipe, sizes: _Sizes, machine: Machine, measured: bool) -> tuple[str, ...]:
     notes = []
+    if recipe.choices:
+        notes.append(NOTE)
     if not measured:
         notes.append(
             "memory is added up from sizes and was not rehearsed: a process may take up to half as much again."
@@ -327,7 +413,7 @@ def _notes(recipe: Recipe, sizes: _Sizes, machine: Machine, measured: bool) -> t
             "a GGUF file is dequantised once, whole, at the first run: "
             f"{sizes.parameters * 4 / 2**30:.1f} GiB of memory and disk."
         )
-    if sizes.calibrated and sizes.hidden_bytes > machine.hidden_budget:
+    if sizes.holds_hidden and sizes.hidden_bytes > machine.hidden_budget:
         notes.append(
             f"hidden states of {sizes.hidden_bytes / 2**30:.1f} GiB pass the budget of "
             f"{machine.hidden_budget / 2**30:.1f} GiB: they will live in a file of that size."

@@ -8,23 +8,27 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nmprune.methods import PerLinear, Pruned
 from nmprune.pattern import Pattern
-from nmprune.stats import InputStats, StatsAccumulator
+from nmprune.prepare.gradients import back_through
+from nmprune.prepare.layer_sums import LayerSums
+from nmprune.stats import GRADIENTS, InputStats, Statistic, StatsAccumulator
 from nmprune.stream import DecoderModel, LinearDone
 from nmprune.stream.calls import LayerCalls
 from nmprune.stream.experts import observable_experts
-from nmprune.stream.per_linear import output_error
+from nmprune.stream.per_linear import measured
 
 _REPEATS = 3
 _LARGEST_PROBED_INPUT = 4096  # a wider linear's solver is extrapolated by its operation count
 _LARGEST_PROBED_OUTPUT = 4096
+_LARGEST_PROBED_VOCABULARY = 8192
 _DISK_BYTES = 64 << 20
 
 
@@ -40,6 +44,9 @@ class Rates:
         measure_seconds: (out, in) -> its output error measured.
         write_seconds: per byte, to write, flush, read back and check.
         read_seconds: per byte.
+        gradient_seconds: decoder layer signature -> one sequence through it, and back with the gradients of all its linears
+            added up; empty where nothing asks for gradients.
+        head_seconds: the loss of one sequence and its gradient, from the last hidden states; 0 likewise.
     """
 
     layer_seconds: dict[tuple[tuple[int, ...], ...], float]
@@ -48,6 +55,8 @@ class Rates:
     measure_seconds: dict[tuple[int, int], float]
     write_seconds: float
     read_seconds: float
+    gradient_seconds: dict[tuple[tuple[int, ...], ...], tuple[float, float]] = field(default_factory=dict)
+    head_seconds: float = 0.0
 
 
 def signature(layer: nn.Module) -> tuple[tuple[int, ...], ...]:
@@ -55,7 +64,14 @@ def signature(layer: nn.Module) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(parameter.shape) for parameter in layer.parameters())
 
 
-def measure(model: DecoderModel, method: PerLinear, pattern: Pattern, batch: tuple[int, int], disk: Path) -> Rates:
+def measure(
+    model: DecoderModel,
+    method: PerLinear,
+    pattern: Pattern,
+    batch: tuple[int, int],
+    disk: Path,
+    token_blocks: int = 0,
+) -> Rates:
     """Time the parts of a run; seconds to a minute, depending on the model's width.
 
     Args:
@@ -64,14 +80,23 @@ def measure(model: DecoderModel, method: PerLinear, pattern: Pattern, batch: tup
         pattern: N kept of M.
         batch: (sequences, seq_len) of one forward.
         disk: a folder on the disk that the run will write to.
+        token_blocks: blocks of output rows of loss-aware token weights; 0 = no such weights.
     """
     kinds: dict[tuple[tuple[int, ...], ...], int] = {}
     for index, layer in enumerate(model.layers):
         kinds.setdefault(signature(layer), index)
-    shapes = {linear.shape for index in kinds.values() for linear in model.module_linears(index)}
+    shapes = {linear.shape for index in kinds.values() for linear in model.linears(index)[0]}
     generator = torch.Generator(device="cpu").manual_seed(0)
-    layer_seconds = {}
-    if method.needs:
+    layer_seconds, gradient_seconds, head_seconds = {}, {}, 0.0
+    gradients = method.needs & GRADIENTS
+    if gradients or token_blocks:
+        with observable_experts(model.config):
+            calls = random_calls(model, (1, batch[1]))
+            gradient_seconds = {
+                kind: _there_and_back(model, index, calls, gradients, token_blocks) for kind, index in kinds.items()
+            }
+        head_seconds = _head(model, calls.hidden)
+    if method.needs - GRADIENTS:
         with torch.no_grad(), observable_experts(model.config):
             calls = random_calls(model, batch)
             layer_seconds = {kind: _layer(model, index, calls) for kind, index in kinds.items()}
@@ -79,7 +104,7 @@ def measure(model: DecoderModel, method: PerLinear, pattern: Pattern, batch: tup
     tokens = batch[0] * batch[1]
     statistics_seconds = {
         width: _statistics(method, torch.randn(tokens, width, generator=generator).to(model.device))
-        for width in (widths if method.needs else ())
+        for width in (widths if method.needs - GRADIENTS else ())
     }
     solvers = {shape: _Solver(method, pattern, shape, model.device, generator) for shape in shapes}
     return Rates(
@@ -88,6 +113,8 @@ def measure(model: DecoderModel, method: PerLinear, pattern: Pattern, batch: tup
         {shape: solver.solve() for shape, solver in solvers.items()},
         {shape: solver.measure() for shape, solver in solvers.items()},
         *_disk(disk),
+        gradient_seconds,
+        head_seconds,
     )
 
 
@@ -115,9 +142,41 @@ def _layer(model: DecoderModel, index: int, calls: LayerCalls) -> float:
         return _median(lambda: calls.run(index, layer, hidden), model.device)
 
 
+def _there_and_back(
+    model: DecoderModel, index: int, calls: LayerCalls, needs: frozenset[Statistic], token_blocks: int
+) -> tuple[float, float]:
+    """Seconds of one sequence through a decoder layer, and of running it back."""
+    hidden = torch.randn(calls.hidden.shape, generator=torch.Generator().manual_seed(0)).to(calls.hidden)
+    shape = (1, hidden.shape[1])
+    sums = LayerSums(model.family, model.linears(index)[0], needs, token_blocks, shape, 1.0, model.device)
+    with model.random_layer(index) as layer:
+        with torch.no_grad():
+            there = _median(lambda: calls.run(index, layer, hidden), model.device)
+        with sums.collecting(layer):
+            back = _median(
+                lambda: back_through(calls, index, layer, hidden.detach().requires_grad_(), hidden), model.device
+            )
+    return there, back
+
+
+def _head(model: DecoderModel, hidden: Tensor) -> float:
+    """Seconds of the loss of one sequence and its gradient, told from a part of the vocabulary."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    probed = min(vocabulary, _LARGEST_PROBED_VOCABULARY)
+    head_VD = torch.zeros(probed, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+    targets = torch.zeros(hidden.shape[1], dtype=torch.long, device=hidden.device)
+    inputs = hidden[0].detach().requires_grad_()
+
+    def loss() -> None:
+        logits = nn.functional.linear(inputs, head_VD).float()
+        torch.autograd.grad(nn.functional.cross_entropy(logits, targets), inputs)
+
+    return _median(loss, model.device) * vocabulary / probed
+
+
 def _statistics(method: PerLinear, inputs: Tensor) -> float:
     sums = StatsAccumulator(inputs.shape[1], method.needs, inputs.device)
-    return _median(lambda: sums.add(inputs), inputs.device)
+    return _median(lambda: sums.add(inputs, inputs), inputs.device)
 
 
 class _Solver:
@@ -137,8 +196,13 @@ class _Solver:
         self._scale = method.solver_flops(*shape) / method.solver_flops(out_features, in_features)
         self._weight = torch.randn(out_features, in_features, generator=generator).to(device)
         sums = StatsAccumulator(in_features, method.needs, device)
-        sums.add(torch.randn(max(64, in_features // 8), in_features, generator=generator).to(device))
-        self._stats = sums.result()
+        for held_out in (False, True):
+            inputs = torch.randn(max(64, in_features // 8), in_features, generator=generator).to(device)
+            sums.add(inputs, inputs, held_out)
+        wanted = sorted(GRADIENTS & method.needs)
+        sizes: dict[str, Any] = {key: torch.rand(out_features, in_features, generator=generator) for key in wanted}
+        sizes = {key: value.to(device) for key, value in sizes.items()}
+        self._stats = replace(sums.result(), **sizes, n_grad_sequences=1)
 
     def solve(self) -> tuple[float, float]:
         """Seconds with fresh statistics, and with what was derived from them at hand."""
@@ -151,7 +215,7 @@ class _Solver:
     def measure(self) -> float:
         """Seconds to measure the output error."""
         done = LinearDone("", "", "", self._prune(self._stats), 0, 0.0)
-        return _median(lambda: output_error(self._weight, done, self._stats), self._device) * self._scale
+        return _median(lambda: measured(self._weight, done, [self._stats]), self._device) * self._scale
 
 
 def _disk(folder: Path) -> tuple[float, float]:

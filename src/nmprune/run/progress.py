@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Stage = Literal[
     "open",  # model and text are looked for
     "calibrate",  # token windows are cut
+    "allocate",  # the dense model is measured for mixed patterns; counts decoder layers
+    "permute",  # channels are reordered; counts decoder layers, twice where they are read again to judge
+    "gradients",  # the loss is differentiated; counts forwards of a decoder layer over one sequence
     "layers",  # decoder layers are pruned; counts them
     "masks",  # the mask file is written
     "model",  # the model is written; counts bytes
@@ -42,3 +45,15 @@ Report = Callable[[Progress], None]
 
 def silent(progress: Progress) -> None:
     """The report of a caller who wants none."""
+
+
+def report_untied(names: Sequence[str], report: Report) -> None:
+    """Say, where there are any, which parameters config.json ties and the checkpoint holds apart."""
+    if names:
+        report(
+            Progress(
+                "open",
+                text=f"config.json ties {', '.join(names)} to the embedding, but the checkpoint holds other values for it: "
+                "it is not tied, as in transformers. Set tie_word_embeddings to false to say so",
+            )
+        )

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from nmprune.methods import Pruned
+from nmprune.report.quantities import mean
 from nmprune.results import Results
+from nmprune.run.allocate import allocated, select_fitting
 from nmprune.run.card import model_card
 from nmprune.run.find_model import find_model
 from nmprune.run.folder import RunFolder, write_text
+from nmprune.run.gradients import GradientFiles, collect_gradients, token_weights
 from nmprune.run.machine import Machine, PeakMemory, compute_words, describe
 from nmprune.run.outputs import Outputs
-from nmprune.run.progress import Progress, Report, silent
+from nmprune.run.permute import check_permute, permute_model
+from nmprune.run.progress import Progress, Report, report_untied, silent
 from nmprune.run.recipe import Recipe
 from nmprune.run.tokens import calibration_windows
 from nmprune.stream import (
@@ -29,7 +33,6 @@ from nmprune.stream import (
     StreamOptions,
     prune_layers,
     refuse_sparse,
-    select,
 )
 
 
@@ -69,7 +72,8 @@ def prune_run(
     source = find_model(recipe.model)
     peak = PeakMemory(device)  # after a GGUF file was dequantised, where it had to be
     model = _open(recipe, source, device, report)
-    selections = select(model, recipe.pattern, recipe.exclude)
+    selections = select_fitting(model, recipe)
+    check_permute(recipe, model, selections)
     windows, origin = _tokens(folder, recipe, source, model, token_ids, report)
     with folder.working(recipe):
         if folder.finished:
@@ -78,8 +82,12 @@ def prune_run(
         sessions = folder.count_session(model.checkpoint.fingerprint(), compute_words(model.dtype, device))
         if windows is not None and origin is not None:
             folder.save_tokens(windows, origin)
+        permute_model(recipe, machine, model, selections, windows, report, folder)
+        selections, allocation, allocate_seconds = allocated(
+            recipe, machine, model, selections, windows, report, folder
+        )
         _layers(folder, recipe, machine, model, selections, windows, report)
-        outputs = Outputs(folder, recipe, model, selections)
+        outputs = Outputs(folder, recipe, model, selections, allocation, allocate_seconds)
         outputs.write_masks(report)
         outputs.write_model(report)
         results = outputs.results(origin, sessions, peak, describe(device, model.dtype))
@@ -113,6 +121,7 @@ def _open(recipe: Recipe, source: Path, device: torch.device, report: Report) ->
                 f"are, such as {model.unused_tensors[0]}",
             )
         )
+    report_untied(model.untied, report)
     if not recipe.allow_sparse:
         refuse_sparse(model, recipe.model)
     return model
@@ -122,7 +131,7 @@ def _tokens(
     folder: RunFolder, recipe: Recipe, source: Path, model: DecoderModel, token_ids: Tensor | None, report: Report
 ) -> tuple[Tensor | None, dict[str, Any] | None]:
     """The run's calibration windows: those that it saved before, else made now; None for methods that need none."""
-    if not recipe.method.needs:
+    if not recipe.calibrated:
         return None, None
     saved = folder.saved_tokens()
     if saved is not None:
@@ -147,7 +156,11 @@ def _layers(
         return
     if n_finished:
         report(Progress("layers", 0, n_layers, f"resuming: {n_finished} of {n_layers} decoder layers are finished"))
-    options = StreamOptions(**asdict(recipe.stream), hidden_budget=machine.hidden_budget)
+    gradients = GradientFiles(folder.gradients)
+    if windows is not None:
+        blocks = recipe.token_blocks
+        collect_gradients(gradients, model, windows, selections, recipe.pruner.needs, machine, report, blocks)
+    options = StreamOptions(**asdict(recipe.stream), hidden_budget=machine.hidden_budget, n_held_out=recipe.n_held_out)
 
     def finished(index: int) -> dict[str, Pruned] | None:
         saved = folder.layer(index)
@@ -156,13 +169,15 @@ def _layers(
     steps = prune_layers(
         model,
         windows,
-        recipe.method,
+        recipe.pruner,
         recipe.pattern,
         selections,
         options,
         finished=finished,
         restart=folder.saved_hidden() if windows is not None else None,
         scratch=machine.scratch,
+        gradients=gradients.of_linear,
+        token_weights=token_weights(gradients, recipe.loss_aware),
     )
     for step in steps:
         if isinstance(step, LayerDone) and not step.reused:
@@ -181,10 +196,10 @@ def layer_progress(step: LayerStep | LayerDone, n_layers: int) -> Progress:
 def _layer_line(done: LayerDone, n_layers: int) -> str:
     if done.reused:
         return f"decoder layer {done.index + 1}/{n_layers}: taken over"
-    errors = [one.output_error for one in done.linears if one.output_error is not None]
     parts = [f"{len(done.linears)} linears"]
-    if errors:
-        parts.append(f"mean output error {sum(errors) / len(errors):.4f}")
+    error, held_out = (mean(getattr(one, key) for one in done.linears) for key in ("output_error", "held_out_error"))
+    if error is not None:
+        parts.append(f"mean output error {error:.4f}" + ("" if held_out is None else f" (held-out {held_out:.4f})"))
     fallbacks = sum("fallback" in one.pruned.notes for one in done.linears)
     if fallbacks:
         parts.append(f"{fallbacks} experts by magnitude: too few tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,16 @@ import yaml
 from nmprune.errors import InputError, near_matches
 from nmprune.methods import PerLinear, create, find
 from nmprune.pattern import Pattern
+from nmprune.prepare.choices import Choice
+from nmprune.refine import Chain, Polish, Reconstruct
+from nmprune.run.allocate_recipe import NOT_MIXED, AllocateRecipe
+from nmprune.run.loss_aware import LossAware
+from nmprune.run.permute_recipe import kinds_of, permute_faults
+from nmprune.stats import GRADIENTS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROPAGATE = ("pruned", "dense")
+OPTIONAL = {"polish": Polish, "reconstruct": Reconstruct, "loss_aware": LossAware}  # absent, or with their settings
 
 
 def _option(default: Any, help: str) -> Any:
@@ -29,6 +37,9 @@ class CalibrationRecipe:
     source: str = _option("builtin", "builtin, wikitext2, c4, hf:DATASET, or a .txt, .jsonl or .parquet file")
     n_sequences: int = _option(32, "token windows")
     seq_len: int = _option(512, "tokens per window")
+    n_held_out: int = _option(
+        0, "of these, windows that judge settings and are not solved on; 0 = one in 16, at least 1"
+    )
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,61 @@ class Recipe:
     dtype: str = "auto"
     trust_remote_code: bool = False
     allow_sparse: bool = False
+    allocate: AllocateRecipe = NOT_MIXED
+    permute: tuple[str, ...] = ()
+    polish: Polish | None = None
+    reconstruct: Reconstruct | None = None
+    loss_aware: LossAware | None = None
+
+    @property
+    def pruner(self) -> PerLinear:
+        """The method, and what follows it."""
+        if self.polish is None and self.reconstruct is None:
+            return self.method
+        return Chain(self.method, self.polish, self.reconstruct)
+
+    @property
+    def gradient_pass(self) -> bool:
+        """Whether the loss is differentiated before the stream: for the method, or to weight tokens."""
+        return bool(self.pruner.needs & GRADIENTS) or self.loss_aware is not None
+
+    @property
+    def token_blocks(self) -> int:
+        """Blocks of output rows of loss-aware token weights; 0 = tokens count the same."""
+        return 0 if self.loss_aware is None else self.loss_aware.blocks
+
+    @property
+    def n_held_out(self) -> int:
+        """Sequences that are held out, where something asks for it."""
+        return self.calibration.n_held_out or max(1, self.calibration.n_sequences // 16)
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What a linear may get where patterns are mixed, sparsest first; empty where all get `pattern`."""
+        return self.allocate.choices
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """Every pattern that a linear may get."""
+        return tuple(choice for choice in self.choices if choice is not None) or (self.pattern,)
+
+    @property
+    def density(self) -> float:
+        """Share of the prunable linears' weights that may be kept, 0..1."""
+        return (self.allocate.density or self.pattern.density) if self.choices else self.pattern.density
+
+    @property
+    def pattern_words(self) -> str:
+        """What the linears get, in words."""
+        if not self.choices:
+            return self.pattern.words
+        rest = ", or dense" if None in self.choices else ""
+        return f"mixed: {', '.join(one.words for one in self.patterns)}{rest}, {self.density:.2%} kept in all"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration tokens are needed: by the method, or to allocate patterns."""
+        return bool(self.pruner.needs or self.choices)
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -83,6 +149,9 @@ class Recipe:
             "dtype": self.dtype,
             "trust_remote_code": self.trust_remote_code,
             "allow_sparse": self.allow_sparse,
+            "allocate": {**dataclasses.asdict(self.allocate), "patterns": list(self.allocate.patterns)},
+            "permute": list(self.permute),
+            **{key: None if (one := getattr(self, key)) is None else dataclasses.asdict(one) for key in OPTIONAL},
         }
 
     def to_yaml(self) -> str:
@@ -104,9 +173,12 @@ class Recipe:
             "method": _method(faults, raw.get("method")),
             "pattern": _collect(faults, lambda: Pattern.parse(str(raw.get("pattern", "2:4")))),
             "exclude": _collect(faults, lambda: _exclude(raw.get("exclude") or ())),
+            "permute": kinds_of(_collect(faults, lambda: _typed("permute", raw.get("permute") or (), ())) or ()),
         }
-        for key in ("calibration", "stream"):
+        for key in ("calibration", "stream", "allocate"):
             values[key] = section(faults, key, type(defaults[key]), raw.get(key) or {})
+        for key, step in OPTIONAL.items():
+            values[key] = _optional(faults, key, step, raw.get(key))
         values |= {
             key: _collect(faults, lambda key=key: _typed(key, raw.get(key, defaults[key]), defaults[key]))
             for key in ("seed", "dtype", "trust_remote_code", "allow_sparse")
@@ -146,9 +218,12 @@ def with_settings(raw: Mapping[str, Any], settings: Sequence[str]) -> dict[str, 
             raise InputError(f"--set {setting!r}: expected KEY=VALUE, such as method.damping=0.05.")
         head, _, key = path.strip().partition(".")
         if not key:
-            result[head] = value
+            kept = head in OPTIONAL and value.lower() == "true" and isinstance(result.get(head), Mapping)
+            result[head] = result[head] if kept else value  # a step that is there keeps its settings
             continue
         current = result.get(head) or {}
+        if head in OPTIONAL and not isinstance(current, Mapping):  # "true", as of --reconstruct, or an absent step
+            current = {}
         if isinstance(current, str):
             current = {"name": current}
         if not isinstance(current, Mapping):
@@ -176,17 +251,33 @@ def section(faults: list[str], name: str, kind: type, raw: Any) -> Any:
     return kind(**{key: value for key, value in values.items() if value is not None})
 
 
+def _optional(faults: list[str], name: str, kind: type, raw: Any) -> Any:
+    """A part that may be left out: None where it is absent or "false", with its defaults where it is "true"."""
+    text = str(raw).lower()
+    if raw is None or text in ("false", "none", "null", ""):
+        return None
+    return _collect(faults, lambda: section(faults, name, kind, {} if text == "true" else raw)) or kind()
+
+
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
     """Faults that single values of the right type can still have; a value that is None could not be read."""
     faults = []
     method, pattern, calibration, stream = (values[key] for key in ("method", "pattern", "calibration", "stream"))
-    if method is not None and pattern is not None and (reason := method.why_not(pattern)) is not None:
-        faults.append(f"method {method.name} cannot do {pattern}: {reason}")
+    allocate_faults = values["allocate"].faults(pattern)
+    chosen_from = () if allocate_faults else tuple(choice for choice in values["allocate"].choices if choice)
+    faults += [
+        f"method {method.name} cannot do {one}: {reason}"
+        for one in chosen_from or (pattern,)
+        if method is not None and one is not None and (reason := method.why_not(one)) is not None
+    ]
+    faults += [*allocate_faults, *permute_faults(values["permute"], values["trust_remote_code"])]
     if stream.true_sequential and stream.propagate == "dense":
         faults.append("stream.true_sequential observes pruned inputs inside a layer: it needs stream.propagate pruned.")
+    faults += _step_faults(values)
     numbers = (
         ("calibration.n_sequences", calibration.n_sequences, 1),
         ("calibration.seq_len", calibration.seq_len, 2),
+        ("calibration.n_held_out", calibration.n_held_out, 0),
         ("stream.batch_size", stream.batch_size, 0),
         ("stream.min_expert_tokens", stream.min_expert_tokens, 0),
         ("seed", values["seed"], 0),
@@ -202,6 +293,34 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         for name, value, known in words
         if value is not None and value not in known
     ]
+    return faults
+
+
+def _step_faults(values: Mapping[str, Any]) -> list[str]:
+    """What the method and its steps ask of each other and of the stream."""
+    method, calibration, stream = values["method"], values["calibration"], values["stream"]
+    if method is None:
+        return []
+    try:
+        pruner = Chain(method, values["polish"], values["reconstruct"])
+    except InputError as error:
+        return [str(error)]
+    faults = []
+    if "cross_gram" in pruner.needs and (stream.propagate == "dense" or stream.true_sequential):
+        faults.append(
+            f"{pruner.name} compares with the dense model's outputs, which needs stream.propagate pruned and no "
+            "stream.true_sequential. Set its target to 0 to do without."
+        )
+    if values["loss_aware"] is not None and not pruner.needs - GRADIENTS:
+        faults.append(
+            f"loss_aware weights tokens in the statistics of inputs, and {pruner.name} reads none. Leave it out."
+        )
+    n_held_out = calibration.n_held_out or 1
+    if "held_out_gram" in pruner.needs and n_held_out >= calibration.n_sequences >= 1:
+        faults.append(
+            f"{pruner.name} holds {n_held_out} of calibration.n_sequences {calibration.n_sequences} out: nothing is left to "
+            "solve on. Give more sequences."
+        )
     return faults
 
 
@@ -248,11 +367,19 @@ def _typed(name: str, given: Any, default: Any) -> Any:
             return int(text)
         except ValueError:
             pass
+    if kind is float:
+        try:
+            if math.isfinite(float(text)):
+                return float(text)
+        except ValueError:
+            pass
     if kind is str and not isinstance(given, Mapping | list):
         return text
-    raise InputError(
-        f"{name} is {given!r}; expected {'true or false' if kind is bool else kind.__name__}, such as {default!r}."
-    )
+    if kind is tuple and not isinstance(given, Mapping):
+        parts = map(str, given) if isinstance(given, list | tuple) else text.split(",")
+        return tuple(part.strip() for part in parts if part.strip())
+    words = {bool: "true or false", tuple: "a list"}.get(kind, kind.__name__)
+    raise InputError(f"{name} is {given!r}; expected {words}, such as {default!r}.")
 
 
 def _collect(faults: list[str], make: Any) -> Any:

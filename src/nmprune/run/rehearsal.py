@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from nmprune.errors import InputError
+from nmprune.prepare.layer_sums import n_token_blocks
+from nmprune.prepare.unit_errors import measure_layers
+from nmprune.run.allocate import select_fitting
 from nmprune.run.folder import RunFolder
 from nmprune.run.machine import Machine, PeakMemory
 from nmprune.run.recipe import Recipe
-from nmprune.stream import DecoderModel, LayerDone, StreamOptions, prune_layers, select
+from nmprune.stats import InputStats
+from nmprune.stream import DecoderModel, LayerDone, LayerSelection, StreamOptions, prune_layers
 from nmprune.stream.calls import LayerCalls
 from nmprune.stream.hidden_states import HiddenStates
 
@@ -54,10 +58,15 @@ class _Rehearsed(DecoderModel):
             yield layer
 
     def embed(
-        self, windows: Tensor, batch_size: int, hidden_budget: int, scratch: Path | None = None
+        self,
+        windows: Tensor,
+        batch_size: int,
+        hidden_budget: int,
+        scratch: Path | None = None,
+        n_apart: int = 0,
     ) -> tuple[HiddenStates, dict[int, LayerCalls]]:
         with self.stand_in():
-            hidden, calls = super().embed(windows, batch_size, hidden_budget, scratch)
+            hidden, calls = super().embed(windows, batch_size, hidden_budget, scratch, n_apart)
         hidden.all.normal_(generator=torch.Generator().manual_seed(0))
         return hidden, calls
 
@@ -111,17 +120,59 @@ def _walk(folder: Path, recipe: Recipe, machine: Machine, batch: tuple[int, int]
     device = machine.resolve()
     peak = PeakMemory(device)
     model = _Rehearsed.shortened(folder, recipe, device)
-    selections = select(model, recipe.pattern, recipe.exclude)
-    windows = torch.zeros(N_BATCHES * batch[0], batch[1], dtype=torch.long) if recipe.method.needs else None
-    options = StreamOptions(**{**asdict(recipe.stream), "batch_size": batch[0]}, hidden_budget=machine.hidden_budget)
+    selections = select_fitting(model, recipe)
+    windows = torch.zeros(N_BATCHES * batch[0], batch[1], dtype=torch.long) if recipe.calibrated else None
+    options = StreamOptions(
+        **{**asdict(recipe.stream), "batch_size": batch[0]},
+        hidden_budget=machine.hidden_budget,
+        n_held_out=min(recipe.n_held_out, batch[0]),
+    )
     with tempfile.TemporaryDirectory() as place:
         run = RunFolder(Path(place))
         run.progress.mkdir()
         try:
-            for step in prune_layers(model, windows, recipe.method, recipe.pattern, selections, options):
+            if recipe.choices and windows is not None:
+                for measured in measure_layers(model, windows, selections, recipe.choices, options):
+                    del measured
+            for step in prune_layers(
+                model,
+                windows,
+                recipe.pruner,
+                recipe.pattern,
+                selections,
+                options,
+                gradients=_gradients_of(selections),
+                token_weights=_token_weights_of(selections, recipe.token_blocks, windows),
+            ):
                 if isinstance(step, LayerDone):
                     run.save_layer(step)
                 del step
         except InputError:
             return None  # random weights can be singular where real ones are not
     return peak.host()
+
+
+def _gradients_of(selections: Sequence[LayerSelection]) -> Callable[[int, str], InputStats]:
+    """Random gradient sums, made when asked for, as a run reads them from disk."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {linear.name: linear.shape for selection in selections for linear in selection.prune}
+
+    def of_linear(index: int, name: str) -> InputStats:
+        absolute, square = (torch.rand(shapes[name], generator=generator) for _ in range(2))
+        return InputStats(1, weight_grad_abs=absolute, weight_grad_sq=square, n_grad_sequences=1)
+
+    return of_linear
+
+
+def _token_weights_of(
+    selections: Sequence[LayerSelection], n_blocks: int, windows: Tensor | None
+) -> Callable[[int], dict[str, Tensor]] | None:
+    """Equal token weights, made when asked for, as a run reads them from disk; None where there are none."""
+    if not n_blocks or windows is None:
+        return None
+
+    def of_layer(index: int) -> dict[str, Tensor]:
+        blocks = {linear.name: n_token_blocks(linear, n_blocks) for linear in selections[index].prune}
+        return {name: torch.ones(*windows.shape, own) for name, own in blocks.items() if own}
+
+    return of_layer

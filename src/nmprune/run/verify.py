@@ -12,9 +12,14 @@ from typing import TypeVar
 from nmprune.checkpoint import Checkpoint, MaskFile, checksum, read_masks
 from nmprune.errors import InputError
 from nmprune.evaluate.verify import VerifyReport, verify
+from nmprune.prepare.allocation import budget_of
+from nmprune.prepare.choices import name_of
 from nmprune.results import Results
+from nmprune.run import allocation_file
+from nmprune.run.allocate import facts_of
 from nmprune.run.base import find_base, wrong_base
 from nmprune.run.folder import RunFolder
+from nmprune.run.permuted_base import permutation_faults, permuted_base
 from nmprune.run.progress import Progress, Report, silent
 from nmprune.run.recipe import Recipe
 
@@ -66,7 +71,8 @@ def verify_run(out: Path, base: str | None = None, report: Report = silent) -> V
     fingerprint = dense.fingerprint()
     if fingerprint not in (results.model_fingerprint, masks.fingerprint if masks else ""):
         raise wrong_base(dense.folder, fingerprint, results.model_fingerprint)
-    if masks is None or pruned is None:
+    as_pruned = _or_fault(faults, lambda: permuted_base(folder, recipe, dense)) if recipe.permute else dense
+    if masks is None or pruned is None or as_pruned is None:
         return Verdict(str(out), str(dense.folder), tuple(faults), None)
     faults += _contradictions(folder, recipe, results, masks, pruned, fingerprint)
     done = 0
@@ -77,7 +83,7 @@ def verify_run(out: Path, base: str | None = None, report: Report = silent) -> V
         report(Progress("verify", done, dense.nbytes))
 
     try:
-        found = verify(dense, pruned, masks, recipe.method.updates_weights, on_progress=compared)
+        found = verify(as_pruned, pruned, masks, recipe.pruner.updates_weights, on_progress=compared)
     except InputError as error:  # a file that changes or breaks while it is read
         return Verdict(str(out), str(dense.folder), (*faults, str(error)), None)
     return Verdict(str(out), str(dense.folder), tuple(faults), found)
@@ -107,15 +113,53 @@ def _contradictions(
     ):
         if said != digest:
             yield f"{name} holds the mask checksum {said[:12] or '(none)'}; masks.safetensors has {digest[:12]}."
-    method, pattern = str(results.method.get("name")), str(recipe.pattern)
+    method, in_masks = str(results.method.get("name")), ", ".join(map(str, masks.patterns()))
+    pattern = str(recipe.pattern)
+    if recipe.choices and set(masks.patterns()) <= set(recipe.patterns):
+        pattern = in_masks  # the recipe's set holds every pattern that occurs; _allocation_faults looks at each linear
     for what, values in (
-        ("method", (recipe.method.name, method, masks.method)),
-        ("pattern", (pattern, results.pattern, ", ".join(map(str, masks.patterns())))),
+        ("method", (recipe.pruner.name, method, masks.method)),
+        ("pattern", (pattern, results.pattern, in_masks)),
     ):
         if len(set(values)) > 1:
             said_by = zip(("recipe.yaml", "results.json", "masks.safetensors"), values, strict=True)
             yield f"the {what} is not the same everywhere: {', '.join(f'{who} {value}' for who, value in said_by)}."
     yield from _uncovered(results, masks)
+    yield from permutation_faults(folder, recipe, results, masks, key, fingerprint)
+    if recipe.choices:
+        yield from _allocation_faults(folder, recipe, results, masks)
+
+
+def _allocation_faults(folder: RunFolder, recipe: Recipe, results: Results, masks: MaskFile) -> Iterator[str]:
+    """Where allocation.json, results.json and the masks do not say the same of a linear, or too much is kept."""
+    try:
+        found, _ = allocation_file.read(folder.allocation_file)
+    except InputError as error:
+        yield str(error)
+        return
+    if facts_of(found) != results.allocation:
+        yield "allocation.json and results.json do not say the same of the allocation."
+    chosen = found.by_linear
+    for one in results.linears:
+        said = name_of(chosen[one.name]) if one.name in chosen else "nothing"
+        rules = str(masks.masks[one.tensor].pattern) if one.tensor in masks.masks else "nothing"
+        if len({said, one.pattern, rules}) > 1:
+            yield (
+                f"{one.name} is not pruned to the same everywhere: allocation.json {said}, results.json {one.pattern}, its mask "
+                f"{rules}."
+            )
+    dense = {one.name for one in results.dense}
+    listed = {one.name for one in results.linears}
+    for name in sorted(name for name, choice in chosen.items() if name not in (dense if choice is None else listed)):
+        yield f"allocation.json gives {name} {name_of(chosen[name])}, and results.json does not."
+    kept_dense = sum(math.prod(one.shape) for one in results.dense if chosen.get(one.name, recipe.pattern) is None)
+    kept = kept_dense + sum(entry.n_groups * entry.pattern.kept for entry in masks.masks.values())
+    budget = budget_of(recipe.density, kept_dense + sum(math.prod(one.shape) for one in results.linears))
+    if kept > budget or kept != found.kept:
+        yield (
+            f"masks and dense linears keep {kept:,} weights; allocation.json says {found.kept:,}, and the recipe's density "
+            f"{recipe.density:g} allows {budget:,}."
+        )
 
 
 def _uncovered(results: Results, masks: MaskFile) -> Iterator[str]:

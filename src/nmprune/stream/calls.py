@@ -76,7 +76,10 @@ def record_layer_calls(model: PreTrainedModel, layers: nn.ModuleList, token_ids:
 
 
 def last_logits(model: PreTrainedModel, layers: nn.ModuleList, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    """The model's logits where its decoder layers gave `hidden`: its own final norm, head and soft-capping."""
+    """The model's logits where its decoder layers gave `hidden`: its own final norm, head and soft-capping.
+
+    Gradients flow back to `hidden` where it asks for them.
+    """
 
     def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -84,5 +87,5 @@ def last_logits(model: PreTrainedModel, layers: nn.ModuleList, hidden: Tensor, t
     def give(*args: Any, **kwargs: Any) -> Tensor:
         return hidden
 
-    with torch.no_grad(), _replaced(list(layers), [skip] * (len(layers) - 1) + [give]):
+    with torch.set_grad_enabled(hidden.requires_grad), _replaced(list(layers), [skip] * (len(layers) - 1) + [give]):
         return model(input_ids=token_ids, use_cache=False).logits

@@ -59,10 +59,9 @@ class HiddenStates:
             ) from error
         self.on_disk = True
 
-    def batches(self, batch_size: int) -> list[slice]:
-        """Slices over the sequences, `batch_size` at a time."""
-        n_sequences = self.all.shape[0]
-        return [slice(start, min(start + batch_size, n_sequences)) for start in range(0, n_sequences, batch_size)]
+    def batches(self, batch_size: int, n_apart: int = 0) -> list[slice]:
+        """Slices over the sequences; see `batches`."""
+        return batches(self.all.shape[0], batch_size, n_apart)
 
     def get(self, batch: slice) -> Tensor:
         """A batch on the compute device."""
@@ -75,6 +74,16 @@ class HiddenStates:
     def close(self) -> None:
         """Give the memory and the file back."""
         self.all = torch.empty(0)
+
+
+def batches(n_sequences: int, batch_size: int, n_apart: int = 0) -> list[slice]:
+    """Slices over the sequences, at most `batch_size` at a time; none holds both the last `n_apart` and others."""
+    border = n_sequences - n_apart
+    return [
+        slice(start, min(start + batch_size, stop))
+        for first, stop in ((0, border), (border, n_sequences))
+        for start in range(first, stop, batch_size)
+    ]
 
 
 def _reserve(descriptor: int, n_bytes: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from nmprune import masks
 from nmprune.architectures.linears import DenseLinear
 from nmprune.methods.base import Pruned
+from nmprune.pattern import Pattern
 from nmprune.results import LinearResult
 
 
@@ -23,6 +24,7 @@ class StreamOptions:
         batch_size: sequences per forward; 0 = chosen from the sequence length.
         hidden_budget: bytes of hidden states kept in RAM; beyond it they live in a disk-backed file.
         min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude, and the record says so.
+        n_held_out: the last so many calibration sequences are held out, where the method asks for such statistics.
     """
 
     propagate: Literal["pruned", "dense"] = "pruned"
@@ -30,6 +32,22 @@ class StreamOptions:
     batch_size: int = 0
     hidden_budget: int = 8 << 30
     min_expert_tokens: int = 32
+    n_held_out: int = 0
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Where an interrupted run can go on: the inputs of a layer, (n_sequences, seq_len, hidden).
+
+    Attributes:
+        index: the layer; all before it are finished.
+        hidden: its inputs in the pruned model.
+        dense: its inputs in the dense model, where the run follows both.
+    """
+
+    index: int
+    hidden: Tensor
+    dense: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,8 @@ class LinearDone:
         n_tokens: calibration tokens it saw.
         seconds: time in the method.
         output_error: ||X (W' - W)^T||^2 / ||X W^T||^2 on the calibration tokens, where the Gram matrix was collected.
+        held_out_error: the same on the held-out tokens alone, where they were collected.
+        pattern: what it was pruned to; None where it was taken over from an interrupted run, whose record says it.
     """
 
     name: str
@@ -53,6 +73,8 @@ class LinearDone:
     n_tokens: int
     seconds: float
     output_error: float | None = None
+    held_out_error: float | None = None
+    pattern: Pattern | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +106,7 @@ class LayerDone:
         reused: True where the masks came from a finished layer of an interrupted run.
         hidden: (n_sequences, seq_len, hidden) inputs of the next layer, for a run folder that keeps them; None after the
             last layer and where no forward was needed. Valid until the generator goes on.
+        dense_hidden: the same in the dense model, where the method compares with it.
     """
 
     index: int
@@ -92,6 +115,7 @@ class LayerDone:
     seconds: dict[str, float] = field(default_factory=dict)
     reused: bool = False
     hidden: Tensor | None = None
+    dense_hidden: Tensor | None = None
 
     def records(self) -> tuple[LinearResult, ...]:
         """What results.json keeps of each linear."""
@@ -106,7 +130,9 @@ class LayerDone:
                 n_tokens=one.n_tokens,
                 seconds=one.seconds,
                 output_error=one.output_error,
+                held_out_error=one.held_out_error,
                 notes=one.pruned.notes,
+                pattern=str(one.pattern or ""),
             )
             for one in self.linears
         )

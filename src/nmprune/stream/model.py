@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from nmprune.architectures import DenseLinear, Family, Linear, ModuleLinear, View, find_family, linears_of_layer
+from nmprune.architectures import DenseLinear, Family, Linear, ModuleLinear, find_family, linears_of_layer
 from nmprune.checkpoint.names import NameMap, Piece, shapes_on_disk
 from nmprune.checkpoint.reader import Checkpoint
 from nmprune.errors import InputError
 from nmprune.stream.calls import LayerCalls, last_logits, record_layer_calls
 from nmprune.stream.config import DTypeName, check_config, compute_dtype, empty_model, load_config
 from nmprune.stream.heap import give_back
-from nmprune.stream.hidden_states import HiddenStates
+from nmprune.stream.hidden_states import HiddenStates, batches
+from nmprune.stream.on_disk import dense_outside, on_disk
+from nmprune.stream.ties import untie_different
 from nmprune.stream.weights import check_dtypes, entry, move_buffers, put, random_weights, zeros
 
 
@@ -38,6 +40,7 @@ class DecoderModel:
         device: where layers run.
         dtype: compute dtype.
         checkpoint: the folder's tensors; None for a model in memory.
+        untied: parameters that config.json ties although the checkpoint holds them apart, with other values.
     """
 
     def __init__(
@@ -55,10 +58,12 @@ class DecoderModel:
         self.dtype = dtype
         self.layers = _decoder_layers(model, self.family)
         self.n_layers = len(self.layers)
+        self.untied: tuple[str, ...] = ()
         self._names: NameMap | None = None
         if checkpoint is not None:
             self._names = NameMap(model, checkpoint.shapes())
             check_dtypes(model, self._names, checkpoint)
+            self.untied = untie_different(model, self._names, checkpoint, dtype)
         elif all(parameter.is_meta for parameter in model.parameters()):
             self._names = NameMap(model, shapes_on_disk(model))
         self._fp32_names = tuple(model._get_dtype_plan(dtype))
@@ -117,6 +122,11 @@ class DecoderModel:
         """Checkpoint tensors that belong to no part of the model (buffers that older versions saved); never read."""
         return self._names.unused if self._names else ()
 
+    @property
+    def pieces(self) -> Mapping[str, tuple[Piece, ...]]:
+        """Parameter -> the checkpoint tensors that it is made of; empty for a model in memory."""
+        return self._names.pieces if self._names else {}
+
     @classmethod
     def from_config(
         cls,
@@ -144,7 +154,7 @@ class DecoderModel:
         layer = self.layers[index]
         found, dense = linears_of_layer(layer, self.family)
         prefix = f"{self.family.layers}.{index}."
-        linears = [linear for one in found for linear in self._on_disk(prefix, one)]
+        linears = [linear for one in found for linear in on_disk(one, self._stored_as(prefix + one.parameter))]
         shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in layer.named_parameters()}
         return linears, [DenseLinear(prefix + role, shapes[role], reason) for role, reason in dense.items()]
 
@@ -167,54 +177,9 @@ class DecoderModel:
             return linear.in_module.of(parameter).detach().float().clone().contiguous()
         return linear.on_disk.of(self.checkpoint.read(linear.tensor)).to(self.device).float().contiguous()
 
-    def _on_disk(self, prefix: str, one: ModuleLinear) -> Iterator[Linear]:
-        key = prefix + one.parameter
-        pieces = self._names.pieces[key] if self._names else (Piece(key),)
-        for piece in pieces:
-            if piece.region is None:
-                name = piece.tensor.removesuffix(".weight")
-                name = name if one.view.expert is None else f"{name}.{one.view.expert}"
-                yield Linear(
-                    name, one.role, one.shape, one.shared_input, piece.tensor, one.view, one.parameter, one.view
-                )
-            elif piece.region.expert == one.view.expert:
-                start, stop = piece.region.rows or (0, one.shape[0])
-                name = piece.tensor.removesuffix(".weight")
-                yield Linear(
-                    name=name,
-                    role=f"{one.role.rpartition('.')[0]}.{name.rpartition('.')[2]}",
-                    shape=(stop - start, one.shape[1]),
-                    shared_input=one.shared_input,
-                    tensor=piece.tensor,
-                    on_disk=View(),
-                    parameter=one.parameter,
-                    in_module=piece.region,
-                )
-
     def dense_outside(self) -> list[DenseLinear]:
         """The head, the embeddings and whatever else holds a matrix outside the decoder layers: all stay dense."""
-        tied = bool(self.model.all_tied_weights_keys)
-        reasons = {
-            id(self.model.get_output_embeddings()): "head, tied with the embedding: always dense"
-            if tied
-            else "head: dense",
-            id(self.model.get_input_embeddings()): "embedding, tied with the head: always dense"
-            if tied
-            else "embedding: dense",
-        }
-        inside = f"{self.family.layers}."
-        # a tied weight stands under each of its names
-        parameters = self.model.named_parameters(remove_duplicate=False)
-        matrices = {name: one for name, one in parameters if one.dim() >= 2 and not name.endswith("bias")}
-        return [
-            DenseLinear(
-                name.removesuffix(".weight"),
-                tuple(one.shape),
-                reasons.get(id(self.model.get_submodule(name.rpartition(".")[0])), "outside the decoder layers: dense"),
-            )
-            for name, one in matrices.items()
-            if not name.startswith(inside)
-        ]
+        return dense_outside(self.model, self.family.layers)
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -240,6 +205,10 @@ class DecoderModel:
             for name in names:
                 put(module, name, entry(module, name).to("meta"))
             give_back()
+
+    def _stored_as(self, key: str) -> tuple[Piece, ...]:
+        """The checkpoint tensors of a parameter; of a model in memory, a tensor of its own name."""
+        return self._names.pieces[key] if self._names else (Piece(key),)
 
     def _pieces(self, key: str) -> tuple[Piece, ...]:
         return self._names.pieces.get(key, ()) if self._names else ()
@@ -283,12 +252,12 @@ class DecoderModel:
         try:
             with self._loaded(self.model, "", self._inside_layers() | tied):
                 if self.checkpoint is not None:
-                    self.model.tie_weights()
+                    self.model.tie_weights(recompute_mapping=False)
                 yield
         finally:
             if self.checkpoint is not None:
                 # back to the meta device as well: a tied name would keep the whole embedding in memory
-                self.model.tie_weights()
+                self.model.tie_weights(recompute_mapping=False)
                 give_back()
 
     def _inside_layers(self) -> frozenset[str]:
@@ -304,7 +273,12 @@ class DecoderModel:
         return own & tied if tied else own
 
     def embed(
-        self, windows: Tensor, batch_size: int, hidden_budget: int, scratch: Path | None = None
+        self,
+        windows: Tensor,
+        batch_size: int,
+        hidden_budget: int,
+        scratch: Path | None = None,
+        n_apart: int = 0,
     ) -> tuple[HiddenStates, dict[int, LayerCalls]]:
         """The first layer's inputs for all windows, and how the model calls its layers, by batch size.
 
@@ -313,12 +287,12 @@ class DecoderModel:
             batch_size: sequences per forward; the last batch may be smaller.
             hidden_budget: bytes kept in RAM; past it the hidden states live in a file in `scratch`.
             scratch: folder for that file; None = the system's temporary folder.
+            n_apart: the last so many sequences get batches of their own.
         """
         hidden: HiddenStates | None = None
         calls_of: dict[int, LayerCalls] = {}
         with self.embedding():
-            for start in range(0, windows.shape[0], batch_size):
-                batch = slice(start, min(start + batch_size, windows.shape[0]))
+            for batch in batches(windows.shape[0], batch_size, n_apart):
                 calls = self.calls(windows[batch])
                 # the arguments (rotary tables, masks) are the same for every batch of that size
                 calls_of.setdefault(batch.stop - batch.start, replace(calls, hidden=calls.hidden.new_empty(0)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,15 @@ from torch import Tensor, nn
 from nmprune.architectures import Family, ModuleLinear
 from nmprune.stats import InputStats, Statistic, StatsAccumulator
 from nmprune.stream.experts import observed
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """The sums of one shared input under one weighting of its tokens; None = all count 1."""
+
+    key: str
+    sums: StatsAccumulator
+    weights: Tensor | None
 
 
 class LayerObserver:
@@ -25,9 +35,13 @@ class LayerObserver:
         wanted: the shared inputs to collect.
         needs: the statistics to collect.
         device: where the sums live.
+        weighted: shared input -> key -> (n_sequences, seq_len), what each token counts: such a shared input gets sums
+            under each of these keys instead of one under its own name.
 
     Attributes:
         seconds: time spent adding up, inside the forwards.
+        batch: the sequences that run now; set by the caller where tokens are weighted.
+        held_out: whether they are held out; set by the caller.
     """
 
     def __init__(
@@ -38,16 +52,23 @@ class LayerObserver:
         wanted: Collection[str],
         needs: frozenset[Statistic],
         device: torch.device,
+        weighted: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self._layer = layer
         self._family = family
         self._first = {linear.shared_input: linear for linear in reversed(linears) if linear.shared_input in wanted}
-        self._sums = {
-            shared_input: StatsAccumulator(linear.shape[1], needs, device)
-            for shared_input, linear in self._first.items()
-        }
+        self._sums: dict[str, list[_Sum]] = {}
+        for shared_input, linear in self._first.items():
+            keys: Mapping[str, Tensor | None] = (weighted or {}).get(shared_input) or {shared_input: None}
+            self._sums[shared_input] = [
+                _Sum(key, StatsAccumulator(linear.shape[1], needs, device), weights) for key, weights in keys.items()
+            ]
         self._device = device
+        self._recording = False
+        self._dense: dict[str, Tensor] = {}
         self.seconds = 0.0
+        self.batch = slice(None)
+        self.held_out = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -62,26 +83,48 @@ class LayerObserver:
                 stack.enter_context(observed(self._layer.get_submodule(self._family.experts.module), self._expert))
             yield
 
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the inputs of the one forward inside the body instead: what the dense model meets on the next batch.
+
+        Experts are not kept: the two models route tokens differently.
+        """
+        self._dense.clear()
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
     def _hook(self, shared_input: str) -> Any:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._add(shared_input, args[0])
+            if self._recording:
+                self._dense[shared_input] = args[0]
+            else:
+                self._add(shared_input, args[0])
 
         return add
 
     def _expert(self, name: str, expert: int, inputs: Tensor) -> None:
         assert self._family.experts is not None
+        if self._recording:
+            return
         self._add(f"{self._family.experts.module}.{name}.{expert}", inputs)
 
     def _add(self, shared_input: str, inputs: Tensor) -> None:
         if shared_input in self._sums:
             start = time.perf_counter()
-            self._sums[shared_input].add(inputs)
+            dense = self._dense.pop(shared_input, None)
+            for one in self._sums[shared_input]:
+                weights = None if one.weights is None else one.weights[self.batch].to(inputs.device)
+                one.sums.add(inputs, dense, self.held_out, weights)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self.seconds += time.perf_counter() - start
 
     def results(self) -> dict[str, InputStats]:
-        """Statistics by shared input. Call it once."""
-        results = {shared_input: sums.result() for shared_input, sums in self._sums.items()}
+        """Statistics by shared input, or by key where tokens are weighted. Call it once."""
+        results = {one.key: one.sums.result() for sums in self._sums.values() for one in sums}
         self._sums.clear()
+        self._dense.clear()
         return results

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from nmprune.architectures import DenseLinear, Linear
@@ -19,10 +19,12 @@ class LayerSelection:
     Attributes:
         prune: to be pruned, in order of execution.
         dense: to stay dense, with reasons.
+        patterns: linear name -> its pattern, where it is not the run's.
     """
 
     prune: tuple[Linear, ...]
     dense: tuple[DenseLinear, ...]
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
 
 
 def select(model: DecoderModel, pattern: Pattern, exclude: Sequence[str] = ()) -> list[LayerSelection]:
@@ -60,6 +62,25 @@ def select(model: DecoderModel, pattern: Pattern, exclude: Sequence[str] = ()) -
     if not any(selection.prune for selection in selections):
         raise InputError("nothing is left to prune: every linear is excluded.")
     return selections
+
+
+def with_patterns(
+    selections: Sequence[LayerSelection], chosen: Mapping[str, Pattern | None], reason: str
+) -> list[LayerSelection]:
+    """The selections with a pattern of its own for every linear.
+
+    Args:
+        selections: of every decoder layer.
+        chosen: linear name -> its pattern, None = stays dense; all linears that are to be pruned are in it.
+        reason: why a linear stays dense, for reports.
+    """
+    with_own = []
+    for selection in selections:
+        dense = [DenseLinear(one.name, one.shape, reason) for one in selection.prune if chosen[one.name] is None]
+        patterns = {one.name: pattern for one in selection.prune if (pattern := chosen[one.name]) is not None}
+        prune = tuple(one for one in selection.prune if one.name in patterns)
+        with_own.append(LayerSelection(prune, (*selection.dense, *dense), patterns))
+    return with_own
 
 
 def _check_fits(index: int, linear: Linear, pattern: Pattern) -> None:

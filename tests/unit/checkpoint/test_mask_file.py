@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def mixed() -> MaskFile:
         conv1d=TensorMask.from_mask(legal((8, 3), P24, -2, seed=2), P24, -2),
         experts=TensorMask.from_mask(legal((2, 4, 3), P24, -2, seed=3), P24, -2),
     )
+
+
+def test_masks_of_a_reordered_model_say_so_and_older_readers_refuse_them(mixed: MaskFile, tmp_path: Path) -> None:
+    write_masks(tmp_path / "m.safetensors", replace(mixed, permutation="cd" * 32))
+    assert read_masks(tmp_path / "m.safetensors").permutation == "cd" * 32
+    assert metadata_of(tmp_path / "m.safetensors")["format_version"] == "2"
 
 
 def test_round_trip(mixed: MaskFile, tmp_path: Path) -> None:
@@ -196,7 +203,9 @@ def described(**change: Any) -> str:
     ("change", "words"),
     [
         ({"format": "pt"}, "no mask file: its metadata says format 'pt'"),
-        ({"format_version": "2"}, "mask format version '2'; this nmprune reads version 1"),
+        ({"format_version": "3"}, "mask format version '3'; this nmprune reads versions 1 and 2"),
+        ({"format_version": "2"}, "mask format version 2 with permutation ''"),
+        ({"permutation": "ab"}, "mask format version 1 with permutation 'ab'"),
         ({"masks": "{"}, "not valid JSON"),
         ({"masks": "3"}, "not valid JSON"),
         ({"masks": '["w"]'}, "only in the metadata or only among the tensors"),

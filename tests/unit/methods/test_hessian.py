@@ -80,3 +80,13 @@ def test_checked_gram():
     gram_II[1, 2] = float("nan")
     with pytest.raises(InputError, match="NaN or infinity"):
         hessian.checked_gram(InputStats(5, input_gram=gram_II), 8)
+
+
+@pytest.mark.parametrize("width", [8, 64, 200])  # less than the rows turned at a time, as many, more and not a multiple
+def test_turned_round_in_pieces_is_turned_round(width):
+    matrix_II = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(hessian._backwards(matrix_II, torch.float64), matrix_II.flip(0, 1).double())
+    columns_first_II = matrix_II.double().T  # as a Cholesky factor comes: the order in memory decides later roundings
+    turned_II = hessian._backwards(columns_first_II, torch.float32)
+    assert torch.equal(turned_II, columns_first_II.float().flip(0, 1))
+    assert turned_II.stride() == columns_first_II.stride()

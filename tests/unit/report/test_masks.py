@@ -26,10 +26,10 @@ def test_differences_add_up_per_role():
     b = masks(layers__0__up=FIRST, layers__1__up=LAST, layers__0__down=FIRST)
     table, only = diff_tables("A", "B", diff(a, b))
     assert {row[0]: row[1:] for row in table.rows} == {
-        "up": ("2", "2", "1", "50.00%", "50.00%"),
-        "down": ("1", "1", "0", "0.00%", "100.00%"),
+        "up": ("2", "2", "1", "50.00%", "50.00%", ""),
+        "down": ("1", "1", "0", "0.00%", "100.00%", ""),
     }
-    assert table.total == ("all", "3", "3", "1", "33.33%", "66.67%")
+    assert table.total == ("all", "3", "3", "1", "33.33%", "66.67%", "")
     assert only.rows == (("A", "layers.*.gate", "1"),)
 
 
@@ -41,4 +41,19 @@ def test_files_without_a_tensor_in_common():
 def test_a_mask_file():
     origin, table = mask_tables("runs/x/masks.safetensors", masks(layers__0__up=FIRST, layers__1__up=LAST))
     assert dict(origin.rows)["pattern"] == "2 kept of 4"
-    assert table.rows == (("up", "2", "8", "50.0%"),)
+    assert table.rows == (("up", "2", "8", "50.0%", ""),)
+
+
+def test_mixed_patterns_are_counted():
+    only_first = torch.tensor([[True, False, False, False]])
+    entries = {f"layers.{i}.up": TensorMask.from_mask(FIRST, P) for i in range(2)}
+    entries["layers.2.up"] = TensorMask.from_mask(only_first, Pattern(1, 4))
+    mixed = MaskFile(entries, "wanda", "m", "f" * 64, "0.1.0")
+    origin, table = mask_tables("runs/x/masks.safetensors", mixed)
+    assert dict(origin.rows)["pattern"] == "1 kept of 4, 2 kept of 4"
+    assert table.rows == (("up", "3", "12", "41.7%", "1:4: 1, 2:4: 2"),)
+    same = masks(layers__0__up=FIRST, layers__1__up=FIRST, layers__2__up=FIRST)
+    found = diff(mixed, same)
+    (differences,) = diff_tables("A", "B", found)
+    assert differences.rows == (("up", "3", "3", "1", "33.33%", "90.91%", "1"),)
+    assert [one.same_pattern for one in found.tensors] == [True, True, False] and not found.total.same_pattern

@@ -10,7 +10,7 @@ def linear(
     layer: int, role: str, shape: tuple[int, int], error: float | None, **notes: float | int | str
 ) -> LinearResult:
     name = f"layers.{layer}.{role}"
-    return LinearResult(name, layer, role, f"{name}.weight", shape, 0.5, 64, 1.5, error, notes)
+    return LinearResult(name, layer, role, f"{name}.weight", shape, 0.5, 64, 1.5, error, notes=notes)
 
 
 RESULTS = Results(
@@ -49,6 +49,17 @@ def test_one_row_per_role_with_means_and_sums():
         ("down", "2", "2 shapes", "50.0%", "", "3.00 s", "1 by magnitude: too few tokens"),
     )
     assert table.total[:4] == ("all", "4", "2 shapes", "50.0%")
+
+
+def test_held_out_errors_have_their_column_where_there_are_some():
+    linears = [
+        replace(one, held_out_error=held) for one, held in zip(RESULTS.linears, (0.2, None, 0.5, None), strict=True)
+    ]
+    table, without = role_table(replace(RESULTS, linears=tuple(linears))), role_table(RESULTS)
+    assert table.columns[4:6] == ("output error>", "held-out error>") and "held-out error>" not in without.columns
+    assert [row[4:6] for row in (*table.rows, table.total)] == [("0.2000", "0.3500"), ("", ""), ("0.2000", "0.3500")]
+    assert {len(row) for row in (*table.rows, table.total)} == {len(table.columns)} == {8}
+    assert {len(row) for row in (*without.rows, without.total)} == {len(without.columns)} == {7}
 
 
 def test_totals():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from nmprune.report.quantities import duration, error, shape, size
+from nmprune.report.quantities import duration, error, mean, settings, shape, size
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,15 @@ def test_duration(seconds, text):
 def test_shape_and_error():
     assert shape((576, 1536)) == "576 x 1536"
     assert (error(None), error(0.12345)) == ("", "0.1235")
+
+
+def test_means_leave_out_what_was_not_measured():
+    assert mean([0.1, None, 0.3]) == pytest.approx(0.2)
+    assert mean([None]) is None and mean([]) is None
+
+
+def test_settings_of_steps_are_written_flat():
+    assert settings({"damping": 0.1, "polish": {"sweeps": 2, "a": {"b": 1}}}) == [
+        *("damping 0.1", "polish.sweeps 2", "polish.a.b 1"),
+    ]
+    assert settings({}) == []

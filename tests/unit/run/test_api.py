@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import tiny_models
 from nmprune.errors import InputError
 from nmprune.methods import SparseGPT, Wanda
 from nmprune.pattern import Pattern
+from nmprune.refine import Polish, Reconstruct
 from nmprune.run.machine import Machine
 from nmprune.run.progress import Progress
 from runs import looks_whole, output, prune
@@ -247,3 +249,42 @@ def test_the_saved_base_has_files_of_ordinary_mode(tmp_path):
     finally:
         os.umask(before)
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "run/base").iterdir()} == {0o640}
+
+
+def test_steps_after_the_method_in_memory_and_in_a_folder(tmp_path):
+    folder = tiny_models.save("llama", tmp_path / "base")
+    steps = {"polish": Polish(sweeps=2), "reconstruct": True}
+    streamed = prune(folder, tmp_path / "run", **steps)
+    assert streamed.results.method == {
+        "name": "wanda+polish+reconstruct",
+        "polish": asdict(Polish(sweeps=2)),
+        "reconstruct": asdict(Reconstruct()),
+    }
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    in_memory = prune(model, None, **steps)
+    assert [one.notes for one in in_memory.linears] == [one.notes for one in streamed.linears]
+    assert all(one.held_out_error is not None for one in in_memory.linears)
+    finished = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run/model"))
+    assert all(torch.equal(value, finished[name]) for name, value in weights(model).items())
+    dense = weights(AutoModelForCausalLM.from_pretrained(folder))
+    name = "model.layers.0.self_attn.q_proj"
+    mask = in_memory.masks[name]
+    assert (finished[f"{name}.weight"][mask] != dense[f"{name}.weight"][mask]).any()
+
+
+def test_false_and_nothing_are_no_step():
+    for none in ({}, {"polish": False, "reconstruct": False}):
+        result = prune(tiny_models.build("llama"), None, **none)
+        assert all(one.held_out_error is None and not one.notes for one in result.linears)
+
+
+def test_how_many_windows_are_held_out_can_be_said():
+    def notes(**kwargs):
+        done = prune(tiny_models.build("llama"), None, reconstruct=Reconstruct(ridge=0.1), **kwargs)
+        return [one.notes for one in done.linears]
+
+    assert notes() == notes(n_held_out=1) != notes(n_held_out=3)
+    with pytest.raises(InputError, match=r"holds 6 of calibration\.n_sequences 6 out: nothing is left to solve on"):
+        notes(n_held_out=6)
+    with pytest.raises(InputError, match=r"calibration\.n_held_out is -1; expected at least 0"):
+        notes(n_held_out=-1)

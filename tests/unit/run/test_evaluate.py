@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny_models
@@ -64,11 +65,29 @@ def test_a_saved_dense_number_is_taken_only_for_the_same_weights_windows_and_dty
     file = Path(other_dtype.saved)
     saved = json.loads(file.read_text())
     for key, value in (("windows_checksum", "0"), ("device", "cuda")):
-        file.write_text(json.dumps({**saved, "dtype": "auto", key: value}))
+        file.write_text(json.dumps({**saved, "dtype": "float32", key: value}))
         assert evaluate(str(run), MEASURE).models[0].seconds is not None, key
     saved["models"][0]["fingerprint"] = "0"
-    file.write_text(json.dumps({**saved, "dtype": "auto"}))
+    file.write_text(json.dumps({**saved, "dtype": "float32"}))
     assert evaluate(str(run), MEASURE).models[0].seconds is not None
+
+
+def test_the_dtype_is_the_one_that_was_used_and_not_auto(made, run):
+    found = evaluate(str(run), MEASURE)
+    assert found.dtype == json.loads(Path(found.saved).read_text())["dtype"] == "float32"
+    assert evaluate(str(run), Measure("builtin", 16, 3, dtype="float32")).models[0].seconds is None
+    assert evaluate(str(made[0]), Measure("builtin", 16, 3, dtype="bfloat16")).dtype == "bfloat16"
+
+
+def test_what_is_not_tied_after_all_is_said(tmp_path):
+    folder = tiny_runs.model(tmp_path / "base", name="llama_tied")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}, file, metadata={"format": "pt"})
+    seen = []
+    found = evaluate(str(folder), MEASURE, report=seen.append)
+    assert any(one.text.startswith("config.json ties lm_head.weight to the embedding, but") for one in seen)
+    assert found.models[0].perplexity.value == pytest.approx(whole_model_value(folder), rel=1e-5)
 
 
 def test_a_damaged_saved_number_is_replaced_and_said(run):

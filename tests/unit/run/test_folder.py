@@ -232,7 +232,7 @@ def test_hidden_states_are_kept_by_interval_and_only_with_all_layers_before(tmp_
 
     def saved() -> tuple[int, float] | None:
         kept = folder.saved_hidden()
-        return None if kept is None else (kept[0], kept[1][0, 0, 0].item())
+        return None if kept is None else (kept.index, kept.hidden[0, 0, 0].item())
 
     folder.save_layer(done(0, hidden=hidden[0]))
     assert saved() is None
@@ -246,6 +246,17 @@ def test_hidden_states_are_kept_by_interval_and_only_with_all_layers_before(tmp_
     assert saved() == (2, 1.0)
     folder.layer_file(1).unlink()  # the user deleted a damaged one
     assert saved() is None
+
+
+@pytest.mark.parametrize("follows_dense", [False, True])
+def test_hidden_states_of_both_models_are_kept_where_the_run_follows_both(follows_dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "HIDDEN_INTERVAL_SECONDS", 0.0)
+    folder = begun(tmp_path)
+    pruned, dense = torch.full((1, 2, 3), 1.0), torch.full((1, 2, 3), 2.0)
+    folder.save_layer(replace(done(0, hidden=pruned), dense_hidden=dense if follows_dense else None))
+    kept = folder.saved_hidden()
+    assert kept is not None and kept.index == 1 and torch.equal(kept.hidden, pruned)
+    assert torch.equal(kept.dense, dense) if follows_dense else kept.dense is None
 
 
 def test_files_are_whole_or_absent(tmp_path, monkeypatch):

@@ -247,6 +247,18 @@ def test_tensors_that_the_model_does_not_know_are_told_and_kept(tmp_path):
     assert torch.equal(load_file(tmp_path / "run/model/model.safetensors")[extra], torch.ones(4))
 
 
+def test_a_head_that_the_file_holds_apart_is_told_and_kept(tmp_path):
+    model = tiny_models.save("llama_tied", tmp_path / "base")
+    file, head = "model.safetensors", "lm_head.weight"
+    tensors = load_file(model / file)
+    save_file({**tensors, head: 2 * tensors["model.embed_tokens.weight"]}, model / file, metadata={"format": "pt"})
+    told: list[Progress] = []
+    prune(model, tmp_path / "run", report=told.append)
+    assert [one.text for one in told if "config.json ties lm_head.weight to the embedding" in one.text]
+    written = load_file(tmp_path / "run/model" / file)
+    assert torch.equal(written[head], 2 * written["model.embed_tokens.weight"])
+
+
 def recipe(model, **kwargs) -> Recipe:
     return Recipe(str(model), create("wanda"), Pattern(2, 4), **kwargs)
 

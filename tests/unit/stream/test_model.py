@@ -157,6 +157,50 @@ def test_a_tied_model_whose_file_holds_the_head_alone(tmp_path):
         assert torch.equal(decoder.model.lm_head.weight, tensors["lm_head.weight"])
 
 
+def tied_by_config_alone(folder, change=1.0):
+    """A model whose config ties the head to the embedding while the file holds both."""
+    tiny_models.save("llama_tied", folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * change
+    save_file(tensors, file, metadata={"format": "pt"})
+    return tensors
+
+
+def test_what_the_config_ties_and_the_file_holds_apart_stays_apart_as_in_transformers(tmp_path):
+    tensors = tied_by_config_alone(tmp_path, change=2.0)
+    decoder, windows = DecoderModel.open(tmp_path), tiny_models.windows(2)
+    assert decoder.untied == ("lm_head.weight",)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(whole.lm_head.weight, tensors["lm_head.weight"])
+    with decoder.embedding():
+        assert torch.equal(decoder.model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+        assert decoder.model.lm_head.weight.is_meta
+    for _ in range(2):
+        with decoder.head():
+            assert torch.equal(decoder.model.lm_head.weight, tensors["lm_head.weight"])
+            assert torch.equal(decoder.model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+        assert decoder.model.lm_head.weight.is_meta and decoder.model.model.embed_tokens.weight.is_meta
+    with torch.no_grad(), decoder.head():
+        hidden = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+        logits = decoder.logits(hidden, windows)
+        torch.testing.assert_close(logits, whole.lm_head(whole.model.norm(hidden)))
+    reasons = {one.name: one.reason for one in decoder.dense_outside()}
+    assert reasons == {"model.embed_tokens": "embedding: dense", "lm_head": "head: dense"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_is_stored_twice_stays_tied(dtype, tmp_path):
+    tensors = tied_by_config_alone(tmp_path)
+    # of another dtype but the same value in the compute dtype: no difference
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    decoder = DecoderModel.open(tmp_path, dtype="bfloat16")
+    assert decoder.untied == ()
+    with decoder.head():
+        assert decoder.model.lm_head.weight is decoder.model.model.embed_tokens.weight
+
+
 def test_matrices_of_any_module_outside_the_layers_are_listed():
     decoder = DecoderModel.from_model(tiny_models.build("gemma3"))
     dense = {one.name: (one.shape, one.reason) for one in decoder.dense_outside()}

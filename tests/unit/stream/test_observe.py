@@ -81,3 +81,34 @@ def test_only_wanted_inputs_are_collected():
     assert set(results) == {"mlp.down_proj"}
     _, _, results, _ = observe("mixtral", SQ_NORM, wanted={"mlp.experts.down_proj.2"})
     assert set(results) == {"mlp.experts.down_proj.2"}
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_what_the_dense_model_meets_is_recorded_once_and_not_counted(name):
+    decoder = DecoderModel.from_model(tiny_models.build(name))
+    linears = decoder.module_linears(0)
+    wanted = {one.shared_input for one in linears}
+    needs = frozenset({"input_gram", "cross_gram", "held_out_gram"})
+    own, dense = tiny_models.windows(2), tiny_models.windows(2, seed=5)
+
+    def observed(*, record_both: bool):
+        observer = LayerObserver(decoder.layers[0], decoder.family, linears, wanted, needs, torch.device("cpu"))
+        with torch.no_grad(), observable_experts(decoder.config), observer.watching():
+            for part, (mine, other) in enumerate(zip(own.split(1), dense.split(1), strict=True)):
+                observer.held_out = part == 1
+                if part == 0 or record_both:
+                    with observer.recording():
+                        decoder.model(input_ids=other)
+                decoder.model(input_ids=mine)
+        return observer.results()
+
+    results = observed(record_both=True)
+    attention = next(stats for shared_input, stats in results.items() if "self_attn" in shared_input)
+    assert (attention.n_tokens, attention.held_out_tokens) == (2 * 16, 16)
+    for shared_input, stats in results.items():
+        assert (stats.cross_gram is None) == ("experts" in shared_input)
+    assert not torch.allclose(attention.cross_gram, attention.gram(), atol=1e-2)
+    down = [stats.n_tokens for shared_input, stats in results.items() if "experts.down_proj" in shared_input]
+    assert sum(down) == (2 * 16 * decoder.config.num_experts_per_tok if down else 0), "recorded tokens were counted"
+    once = observed(record_both=False)
+    assert all(stats.cross_gram is None for stats in once.values()), "an old recording was used again"

@@ -6,6 +6,7 @@ import tiny_models
 from nmprune.errors import InputError
 from nmprune.pattern import Pattern
 from nmprune.stream import DecoderModel, select
+from nmprune.stream.selection import with_patterns
 
 
 def decoder(name: str = "llama", **changes) -> DecoderModel:
@@ -70,3 +71,22 @@ def test_in_features_that_do_not_divide_name_place_and_way_out():
 def test_nothing_left_is_an_error():
     with pytest.raises(InputError, match="nothing is left to prune: every linear is excluded"):
         select(decoder(), Pattern(2, 4), ["*"])
+
+
+def test_a_pattern_of_its_own_for_every_linear():
+    selections = select(decoder(), Pattern(2, 4), ["*.down_proj"])
+    names = [linear.name for one in selections for linear in one.prune]
+    chosen = {name: None if "k_proj" in name else Pattern(1 + name.endswith("q_proj"), 4) for name in names}
+    own = with_patterns(selections, chosen, "stays so")
+    for before, after in zip(selections, own, strict=True):
+        assert [linear.role for linear in after.prune] == [
+            linear.role for linear in before.prune if linear.role != "self_attn.k_proj"
+        ]
+        assert [(one.name.rpartition(".")[2], one.reason) for one in after.dense] == [
+            ("down_proj", "excluded by '*.down_proj'"),
+            ("k_proj", "stays so"),
+        ]
+        assert after.patterns == {name: chosen[name] for name in after.patterns}
+        assert list(after.patterns) == [linear.name for linear in after.prune]
+    assert own[0].patterns["model.layers.0.self_attn.q_proj"] == Pattern(2, 4)
+    assert not selections[0].patterns

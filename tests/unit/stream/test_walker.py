@@ -9,7 +9,16 @@ import tiny_models
 from nmprune.errors import InputError
 from nmprune.methods import Magnitude, Pruned, SparseGPT, Wanda
 from nmprune.stats import InputStats
-from nmprune.stream import DecoderModel, LayerDone, LayerStep, StreamOptions, default_batch_size, prune_layers, select
+from nmprune.stream import (
+    DecoderModel,
+    LayerDone,
+    LayerStep,
+    Restart,
+    StreamOptions,
+    default_batch_size,
+    prune_layers,
+    select,
+)
 from walks import PATTERN, counted_forwards, layers_done, pruned, walk, wrong_share
 
 N_LAYERS = 3
@@ -102,7 +111,7 @@ def test_a_resumed_walk_ends_in_the_same_bits(method, options, keep_hidden, tmp_
     if keep_hidden:
         hidden = layers_done(whole)[1].hidden
         assert hidden is not None
-        kwargs["restart"] = (2, hidden)
+        kwargs["restart"] = Restart(2, hidden)
     decoder = DecoderModel.open(folder)
     rest = walk(decoder, windows, method, options=options, finished=everything(2, first), **kwargs)
     redone = layers_done(rest)

@@ -72,7 +72,7 @@ class Descent(PerLinear):
 
     shrinkage: float = option(0.5, "share of the Gram matrix's diagonal that is added to it; large: Wanda's mask")
     target: float = option(0.4, "0: the output on the linear's own inputs; 1: the dense model's output")
-    sweeps: int = option(12, "most passes over all groups; it stops earlier when a pass changes nothing")
+    sweeps: int = option(6, "most passes over all groups; it stops earlier when a pass changes nothing")
 
     def __post_init__(self) -> None:
         check_settings("descent", self.shrinkage, self.target, self.sweeps)
@@ -109,7 +109,7 @@ def check_settings(who: str, shrinkage: float, target: float, sweeps: int) -> No
     if not 0 <= target <= 1:
         raise InputError(f"{who}.target is {target!r}; expected a number from 0 to 1, such as 0.5.")
     if sweeps < 1:
-        raise InputError(f"{who}.sweeps is {sweeps!r}; expected a whole number >= 1, such as 12.")
+        raise InputError(f"{who}.sweeps is {sweeps!r}; expected a whole number >= 1, such as 6.")
 
 
 def needed(target: float) -> frozenset[Statistic]:

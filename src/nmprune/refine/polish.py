@@ -21,7 +21,7 @@ class Polish:
     name: ClassVar[str] = "polish"
     shrinkage: float = option(0.5, "share of the Gram matrix's diagonal that is added to it; large: Wanda's mask")
     target: float = option(0.4, "0: the output on the linear's own inputs; 1: the dense model's output")
-    sweeps: int = option(12, "most passes over all groups; it stops earlier when a pass changes nothing")
+    sweeps: int = option(6, "most passes over all groups; it stops earlier when a pass changes nothing")
 
     def __post_init__(self) -> None:
         check_settings(self.name, self.shrinkage, self.target, self.sweeps)

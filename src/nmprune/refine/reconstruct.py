@@ -40,7 +40,7 @@ class Reconstruct:
 
     ridge: float = option(0.0, "pull towards the dense weights; 0 = chosen for each linear by held-out error")
     target: float = option(0.5, "0: the output on the linear's own inputs; 1: the dense model's output")
-    iterations: int = option(25, "most conjugate gradient steps")
+    iterations: int = option(15, "most conjugate gradient steps")
 
     def __post_init__(self) -> None:
         for name, most in (("ridge", math.inf), ("target", 1.0)):
@@ -50,7 +50,7 @@ class Reconstruct:
                 raise InputError(f"reconstruct.{name} is {value!r}; expected a number >= 0{upper}.")
         if self.iterations < 1:
             raise InputError(
-                f"reconstruct.iterations is {self.iterations!r}; expected a whole number >= 1, such as 25."
+                f"reconstruct.iterations is {self.iterations!r}; expected a whole number >= 1, such as 15."
             )
 
     @property

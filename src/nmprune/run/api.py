@@ -100,7 +100,7 @@ def prune(
         tokenizer: for a model in memory with a text source; else the model folder's own.
         n_sequences: token windows, where `calibration` is text.
         seq_len: tokens per window, where `calibration` is text.
-        n_held_out: of these, windows that judge settings and are not solved on; 0 = one in 16, at least 1.
+        n_held_out: of these, windows that reconstruct judges by and does not solve on; 0 = one in 16, at least 1.
         seed: chooses the windows.
         exclude: shell patterns of linears that stay dense, e.g. "*.down_proj".
         stream: propagate, true_sequential, batch_size, min_expert_tokens (see `StreamRecipe`).

@@ -38,7 +38,7 @@ class CalibrationRecipe:
     n_sequences: int = _option(32, "token windows")
     seq_len: int = _option(512, "tokens per window")
     n_held_out: int = _option(
-        0, "of these, windows that judge settings and are not solved on; 0 = one in 16, at least 1"
+        0, "of these, windows that reconstruct judges by and does not solve on; 0 = one in 16, at least 1"
     )
 
 

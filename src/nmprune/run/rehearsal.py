@@ -29,6 +29,7 @@ from nmprune.run.recipe import Recipe
 from nmprune.stats import InputStats
 from nmprune.stream import DecoderModel, LayerDone, LayerSelection, StreamOptions, prune_layers
 from nmprune.stream.calls import LayerCalls
+from nmprune.stream.heap import give_back
 from nmprune.stream.hidden_states import HiddenStates
 
 N_LAYERS = 3
@@ -54,8 +55,11 @@ class _Rehearsed(DecoderModel):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        with self.random_layer(index) as layer:
-            yield layer
+        try:
+            with self.random_layer(index) as layer:
+                yield layer
+        finally:
+            give_back()  # as after a layer that was read from disk
 
     def embed(
         self,

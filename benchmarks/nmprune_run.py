@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from nmprune.checkpoint import locate_config
 from nmprune.methods.sparsegpt import SparseGPT
 from nmprune.pattern import Pattern
+from nmprune.report.quantities import mean
 from nmprune.run import Machine, Recipe, prune_run
 from nmprune.run.plan import plan
 from nmprune.stats import InputStats
@@ -90,12 +90,6 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, object]:
         "output_error": mean(one.output_error for one in results.linears),
         "guarded": mean(one.notes.get("reconstruct_taken") for one in results.linears),
     }
-
-
-def mean(values: Iterable[object]) -> float | None:
-    """Of those that are numbers; None where there are none."""
-    numbers = [float(one) for one in values if isinstance(one, int | float)]
-    return sum(numbers) / len(numbers) if numbers else None
 
 
 def run_plan(arguments: argparse.Namespace) -> dict[str, object]:

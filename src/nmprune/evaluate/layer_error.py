@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from nmprune.architectures import Linear
 from nmprune.checkpoint import Checkpoint
 from nmprune.stats import InputStats, Statistic
 from nmprune.stream import DecoderModel, LayerObserved, LayerSelection, StreamOptions, observe_layers
+from nmprune.stream.per_linear import relative_error
 
 
 def layer_errors(
@@ -47,18 +47,11 @@ def _of_layer(
     layer: nn.Module,
     stats: dict[str, InputStats],
 ) -> dict[str, float]:
-    return {
-        linear.name: value
-        for linear in linears
-        for value in _of_linear(dense, linear, pruned.weight(layer, linear), stats[linear.shared_input])
-    }
-
-
-def _of_linear(dense: Checkpoint, linear: Linear, weight: Tensor, stats: InputStats) -> Iterator[float]:
-    """The error, or nothing where there is no output."""
-    gram = stats.gram()
-    base = linear.on_disk.of(dense.read(linear.tensor)).to(weight)
-    change = weight - base
-    output = torch.sum((base @ gram) * base).item()
-    if output > 0:
-        yield torch.sum((change @ gram) * change).item() / output
+    errors: dict[str, float] = {}
+    for linear in linears:
+        weight = pruned.weight(layer, linear)
+        base = linear.on_disk.of(dense.read(linear.tensor)).to(weight)
+        error = relative_error(weight - base, base, [stats[linear.shared_input].gram()])
+        if error is not None:
+            errors[linear.name] = error
+    return errors

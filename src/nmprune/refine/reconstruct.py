@@ -75,11 +75,11 @@ class Reconstruct:
         hessian.checked_gram(stats, weight.shape[1])
         train, held_out = stats.derived("objectives", lambda: _split(stats))
         start_OI = pruned.mask * (weight if pruned.weight is None else pruned.weight)
-        own = self.target > 0 and stats.cross_gram is None
-        share = 0.0 if own else self.target
-        ridge = self.ridge or self._choose(train, held_out, share, weight, pruned.mask, start_OI)
-        solved = self._solve(train, share, ridge, weight, pruned.mask, start_OI, self.iterations)
-        before, after = (held_out.value(share, weight, one) for one in (start_OI, solved.weight))
+        ridge = self.ridge or self._choose(train, held_out, weight, pruned.mask, start_OI)
+        pull_OI = train.pull(self.target, weight)
+        solved = self._solve(train, pull_OI, ridge, weight, pruned.mask, start_OI, self.iterations)
+        pull_OI = held_out.pull(self.target, weight)
+        before, after = (held_out.value(pull_OI, weight, one) for one in (start_OI, solved.weight))
         output = held_out.output(weight)
         taken = after < before
         notes: dict[str, float | int | str] = {
@@ -88,7 +88,7 @@ class Reconstruct:
             "reconstruct_held_out_change": (after - before) / output if output > 0 else 0.0,
             "reconstruct_taken": int(taken),
         }
-        if own:
+        if self.target and stats.cross_gram is None:
             notes["reconstruct_target"] = "own inputs"
         return Pruned(pruned.mask, solved.weight if taken else pruned.weight, {**pruned.notes, **notes})
 
@@ -96,7 +96,6 @@ class Reconstruct:
         self,
         train: _Objective,
         held_out: _Objective,
-        share: float,
         weight_OI: Tensor,
         mask_OI: Tensor,
         start_OI: Tensor,
@@ -104,11 +103,12 @@ class Reconstruct:
         """The ridge of least held-out error on rows at equal distances."""
         rows_R = torch.arange(0, len(weight_OI), max(1, len(weight_OI) // _SAMPLED_ROWS), device=weight_OI.device)
         weight_RI, mask_RI, start_RI = weight_OI[rows_R], mask_OI[rows_R], start_OI[rows_R]
+        pull_RI, held_pull_RI = (one.pull(self.target, weight_RI) for one in (train, held_out))
         errors = {
             ridge: held_out.value(
-                share,
+                held_pull_RI,
                 weight_RI,
-                self._solve(train, share, ridge, weight_RI, mask_RI, start_RI, self.iterations).weight,
+                self._solve(train, pull_RI, ridge, weight_RI, mask_RI, start_RI, self.iterations).weight,
             )
             for ridge in RIDGES
         }
@@ -117,7 +117,7 @@ class Reconstruct:
     @staticmethod
     def _solve(
         train: _Objective,
-        share: float,
+        pull_OI: Tensor | None,
         ridge: float,
         weight_OI: Tensor,
         mask_OI: Tensor,
@@ -125,7 +125,6 @@ class Reconstruct:
         iterations: int,
     ) -> least_squares.Solved:
         loading_I = ridge * train.gram.diagonal()
-        pull_OI = train.pull(share, weight_OI)
         return least_squares.on_mask(train.gram, loading_I, weight_OI, mask_OI, start_OI, iterations, pull_OI=pull_OI)
 
     def solver_bytes(self, out_features: int, in_features: int) -> int:
@@ -151,11 +150,10 @@ class _Objective:
             return None
         return (weight_OI @ self.cross.T).sub_(weight_OI @ self.gram).mul_(share)
 
-    def value(self, share: float, weight_OI: Tensor, new_OI: Tensor) -> float:
-        """||X w - T w0||^2 - ||X w0 - T w0||^2, summed over rows."""
+    def value(self, pull_OI: Tensor | None, weight_OI: Tensor, new_OI: Tensor) -> float:
+        """||X w - T w0||^2 - ||X w0 - T w0||^2, summed over rows; `pull_OI` is these rows' own."""
         change_OI = new_OI - weight_OI
         product_OI = change_OI @ self.gram
-        pull_OI = self.pull(share, weight_OI)
         if pull_OI is not None:
             product_OI.sub_(pull_OI, alpha=2.0)
         return product_OI.mul_(change_OI).sum(dtype=torch.float64 if change_OI.device.type != "mps" else None).item()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -18,7 +17,8 @@ from nmprune.run.folder import RunFolder, write_text
 from nmprune.run.machine import Machine
 from nmprune.run.progress import Progress, Report
 from nmprune.run.recipe import Recipe
-from nmprune.stream import DecoderModel, LayerSelection, LayerStep, StreamOptions, select
+from nmprune.run.stream_options import stream_options
+from nmprune.stream import DecoderModel, LayerSelection, LayerStep, select
 from nmprune.stream.selection import with_patterns
 
 DENSE_REASON = "allocated: dense"
@@ -89,7 +89,7 @@ def _measure(
     settings = recipe.allocate
     words = ", ".join(map(name_of, recipe.choices))
     report(Progress("allocate", 0, model.n_layers, f"measuring every linear under {words}"))
-    options = replace(StreamOptions(hidden_budget=machine.hidden_budget), batch_size=recipe.stream.batch_size)
+    options = stream_options(recipe, machine)
     layers: list[Measured] = []
     steps = measure_layers(
         model,

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from nmprune.run.permute_recipe import kinds_of
 from nmprune.run.progress import Progress, Report, silent
 from nmprune.run.prune import layer_progress, prune_run
 from nmprune.run.recipe import CalibrationRecipe, Recipe, StreamRecipe, section
+from nmprune.run.stream_options import stream_options
 from nmprune.run.tokens import calibration_windows, token_source
-from nmprune.stream import DecoderModel, LayerDone, StreamOptions, prune_layers, refuse_sparse
+from nmprune.stream import DecoderModel, LayerDone, prune_layers, refuse_sparse
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ def _prune_in_place(
     check_permute(recipe, decoder, selections)
     permutation = permute_model(recipe, machine, decoder, selections, windows, report)
     selections, allocation, _ = allocated(recipe, machine, decoder, selections, windows, report)
-    options = StreamOptions(**asdict(recipe.stream), hidden_budget=machine.hidden_budget, n_held_out=recipe.n_held_out)
+    options = stream_options(recipe, machine)
     masks: dict[str, Tensor] = {}
     linears: list[LinearResult] = []
     with ExitStack() as stack:

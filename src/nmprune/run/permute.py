@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import cast
 
 from torch import Tensor
@@ -19,7 +18,8 @@ from nmprune.run.folder import RunFolder, write_text
 from nmprune.run.machine import Machine
 from nmprune.run.progress import Progress, Report
 from nmprune.run.recipe import Recipe
-from nmprune.stream import DecoderModel, LayerSelection, LayerStep, StreamOptions
+from nmprune.run.stream_options import stream_options
+from nmprune.stream import DecoderModel, LayerSelection, LayerStep
 from nmprune.stream.permuted import channels_of, permute
 from nmprune.version import VERSION
 
@@ -112,7 +112,7 @@ def _find(
     n_layers = model.n_layers
     passes = 2 if "residual" in recipe.permute else 1
     report(Progress("permute", 0, passes * n_layers, f"reordering {', '.join(recipe.permute)} channels by {judged_by}"))
-    options = StreamOptions(**asdict(recipe.stream), hidden_budget=machine.hidden_budget)
+    options = stream_options(recipe, machine)
     results: list[PermutationResult] = []
     permutations: dict[str, Tensor] = {}
     steps = find_permutations(
@@ -130,11 +130,6 @@ def _find(
     return PermutationFile(
         permutations, tuple(results), recipe.permute, str(recipe.pattern), recipe.model, fingerprint, VERSION
     )
-
-
-def _kinds(recipe: Recipe) -> tuple[Kind, ...]:
-    """What a recipe asks for; it was checked when the recipe was made."""
-    return cast(tuple[Kind, ...], recipe.permute)
 
 
 def kinds_asked(recipe: Recipe) -> tuple[Kind, ...]:

@@ -15,10 +15,9 @@ from nmprune.methods.base import PerLinear, Pruned
 from nmprune.pattern import Pattern
 from nmprune.prepare.choices import Choice
 from nmprune.prepare.unit_errors import NEEDS, linear_errors
-from nmprune.run.probe import measure, signature
-from nmprune.run.recipe import Recipe
+from nmprune.run.plan_dense_pass import DensePassSizes
+from nmprune.run.probe import measure
 from nmprune.stats import InputStats, Statistic
-from nmprune.stream import DecoderModel, LayerSelection
 
 
 @dataclass(frozen=True)
@@ -43,27 +42,8 @@ class _MeasuringErrors(PerLinear):
         return 2.0 * (len(self.choices) + 1) * out_features * in_features**2
 
 
-class AllocationSizes:
-    """Bytes and seconds of the phase.
-
-    Args:
-        model: made from a config, weights on the meta device.
-        selections: what is to be pruned.
-        recipe: what would be done; it mixes patterns.
-        batch: (sequences, seq_len) of one forward.
-        forward_width: values per token alive at once in a decoder layer's forward.
-    """
-
-    def __init__(
-        self,
-        model: DecoderModel,
-        selections: Sequence[LayerSelection],
-        recipe: Recipe,
-        batch: tuple[int, int],
-        forward_width: int,
-    ) -> None:
-        self._model, self._selections, self._recipe, self._batch = model, selections, recipe, batch
-        self._forward_width = forward_width
+class AllocationSizes(DensePassSizes):
+    """Bytes and seconds of the phase; the recipe mixes patterns."""
 
     @property
     def passes(self) -> int:
@@ -97,13 +77,8 @@ class AllocationSizes:
         """
         recipe = self._recipe
         rates = measure(self._model, _MeasuringErrors(recipe.choices), recipe.pattern, self._batch, disk)
-        n_batches = recipe.calibration.n_sequences / self._batch[0]
-        seconds = n_bytes * rates.read_seconds
-        for index, (selection, inputs) in enumerate(zip(self._selections, observed, strict=True)):
-            seconds += n_batches * rates.layer_seconds[signature(self._model.layers[index])]
-            seconds += sum(n_batches * share * rates.statistics_seconds[width] for width, share in inputs)
-            seconds += sum(rates.solver_seconds[one.shape][0] for one in selection.prune)
-        return seconds
+        measuring = sum(rates.solver_seconds[one.shape][0] for selection in self._selections for one in selection.prune)
+        return n_bytes * rates.read_seconds + self._pass_seconds(rates, observed) + measuring
 
 
 NOTE = (

@@ -5,44 +5,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from nmprune.architectures.channels import Kind
 from nmprune.methods.wanda import Wanda
 from nmprune.prepare.permutation import searched_scores
 from nmprune.prepare.swap_search import search
 from nmprune.run.permute import kinds_asked
-from nmprune.run.probe import measure, signature
-from nmprune.run.recipe import Recipe
-from nmprune.stream import DecoderModel, LayerSelection
+from nmprune.run.plan_dense_pass import DensePassSizes
+from nmprune.run.probe import measure
 from nmprune.stream.permuted import channels_of
 
 _PROBED = (256, 512)  # rows, channels
 
 
-class PermuteSizes:
-    """Bytes and seconds of the phase.
+class PermuteSizes(DensePassSizes):
+    """Bytes and seconds of the phase; the recipe permutes."""
 
-    Args:
-        model: made from a config, weights on the meta device.
-        selections: what is to be pruned.
-        recipe: what would be done; it permutes.
-        batch: (sequences, seq_len) of one forward.
-        forward_width: values per token alive at once in a decoder layer's forward.
-    """
-
-    def __init__(
-        self,
-        model: DecoderModel,
-        selections: Sequence[LayerSelection],
-        recipe: Recipe,
-        batch: tuple[int, int],
-        forward_width: int,
-    ) -> None:
-        self._model, self._selections, self._recipe, self._batch = model, selections, recipe, batch
-        self._forward_width = forward_width
-        self._searched = searched_scores(channels_of(model), selections, kinds_asked(recipe))
+    @cached_property
+    def _searched(self) -> dict[Kind, int]:
+        return searched_scores(channels_of(self._model), self._selections, kinds_asked(self._recipe))
 
     @property
     def passes(self) -> int:
@@ -75,10 +60,7 @@ class PermuteSizes:
         rates = measure(self._model, Wanda(), recipe.pattern, self._batch, disk)
         seconds = n_bytes * rates.read_seconds * (2 if "residual" in recipe.permute else 1)
         if recipe.calibrated:
-            n_batches = recipe.calibration.n_sequences / self._batch[0]
-            for index, inputs in enumerate(observed):
-                seconds += n_batches * rates.layer_seconds[signature(self._model.layers[index])]
-                seconds += sum(n_batches * share * rates.statistics_seconds[width] for width, share in inputs)
+            seconds += self._pass_seconds(rates, observed)
         return seconds + sum(self._searched.values()) * self._seconds_per_score()
 
     def _seconds_per_score(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from nmprune.run.outputs import Outputs
 from nmprune.run.permute import check_permute, permute_model
 from nmprune.run.progress import Progress, Report, report_untied, silent
 from nmprune.run.recipe import Recipe
+from nmprune.run.stream_options import stream_options
 from nmprune.run.tokens import calibration_windows
 from nmprune.stream import (
     DecoderModel,
@@ -30,7 +30,6 @@ from nmprune.stream import (
     LayerDone,
     LayerSelection,
     LayerStep,
-    StreamOptions,
     prune_layers,
     refuse_sparse,
 )
@@ -160,7 +159,7 @@ def _layers(
     if windows is not None:
         blocks = recipe.token_blocks
         collect_gradients(gradients, model, windows, selections, recipe.pruner.needs, machine, report, blocks)
-    options = StreamOptions(**asdict(recipe.stream), hidden_budget=machine.hidden_budget, n_held_out=recipe.n_held_out)
+    options = stream_options(recipe, machine)
 
     def finished(index: int) -> dict[str, Pruned] | None:
         saved = folder.layer(index)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -26,8 +26,9 @@ from nmprune.run.allocate import select_fitting
 from nmprune.run.folder import RunFolder
 from nmprune.run.machine import Machine, PeakMemory
 from nmprune.run.recipe import Recipe
+from nmprune.run.stream_options import stream_options
 from nmprune.stats import InputStats
-from nmprune.stream import DecoderModel, LayerDone, LayerSelection, StreamOptions, prune_layers
+from nmprune.stream import DecoderModel, LayerDone, LayerSelection, prune_layers
 from nmprune.stream.calls import LayerCalls
 from nmprune.stream.heap import give_back
 from nmprune.stream.hidden_states import HiddenStates
@@ -126,11 +127,7 @@ def _walk(folder: Path, recipe: Recipe, machine: Machine, batch: tuple[int, int]
     model = _Rehearsed.shortened(folder, recipe, device)
     selections = select_fitting(model, recipe)
     windows = torch.zeros(N_BATCHES * batch[0], batch[1], dtype=torch.long) if recipe.calibrated else None
-    options = StreamOptions(
-        **{**asdict(recipe.stream), "batch_size": batch[0]},
-        hidden_budget=machine.hidden_budget,
-        n_held_out=min(recipe.n_held_out, batch[0]),
-    )
+    options = replace(stream_options(recipe, machine), batch_size=batch[0], n_held_out=min(recipe.n_held_out, batch[0]))
     with tempfile.TemporaryDirectory() as place:
         run = RunFolder(Path(place))
         run.progress.mkdir()

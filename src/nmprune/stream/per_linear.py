@@ -157,12 +157,18 @@ def measured(weight: Tensor, done: LinearDone, stats: Sequence[InputStats]) -> L
     error = new - weight
     grams, held_out = [one.input_gram for one in stats], [one.held_out_gram for one in stats]
     return replace(
-        done, output_error=_relative(error, weight, grams), held_out_error=_relative(error, weight, held_out)
+        done, output_error=relative_error(error, weight, grams), held_out_error=relative_error(error, weight, held_out)
     )
 
 
-def _relative(error: Tensor, weight: Tensor, grams: Sequence[Tensor | None]) -> float | None:
-    """||X E^T||_F^2 / ||X W^T||_F^2; None without a Gram matrix, or where there is no output."""
+def relative_error(error: Tensor, weight: Tensor, grams: Sequence[Tensor | None]) -> float | None:
+    """||X E^T||_F^2 / ||X W^T||_F^2; None without a Gram matrix, or where there is no output.
+
+    Args:
+        error: E, fp32 (out, in).
+        weight: W, fp32 (out, in), dense.
+        grams: X^T X, one for each block of output rows.
+    """
     lost, total = 0.0, 0.0
     for gram, error_rows, rows in zip(
         grams, error.tensor_split(len(grams)), weight.tensor_split(len(grams)), strict=True

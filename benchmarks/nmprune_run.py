@@ -30,6 +30,7 @@ def main() -> None:
     made.add_argument("--method", default="wanda", help="with what follows it: descent+reconstruct, wanda+permute")
     made.add_argument("--pattern", default="2:4")
     made.add_argument("--tokens", type=Path, help="calibration.safetensors")
+    made.add_argument("--recipe", type=Path, help="a recipe, which then says all of this but --model")
     made.add_argument("--n-sequences", type=int, default=32)
     made.add_argument("--seq-len", type=int, default=512)
     made.add_argument("--out", type=Path, help="run folder, or the file of solver results")
@@ -47,6 +48,8 @@ def main() -> None:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    if arguments.recipe:
+        return Recipe.from_yaml(arguments.recipe)
     calibration = {
         "source": str(arguments.tokens or "builtin"),
         "n_sequences": arguments.n_sequences,

@@ -30,6 +30,8 @@ def main() -> dict[str, float]:
     inputs = torch.cat(batches)
     errors = {}
     for name, method_class in nmprune.METHODS.items():
+        if not issubclass(method_class, nmprune.PerLinear):
+            continue  # learners see a decoder layer, or the whole model
         accumulator = nmprune.StatsAccumulator(in_features=64, needs=method_class.needs)
         for batch in batches:
             accumulator.add(batch)

@@ -18,7 +18,8 @@ import torch
 
 import nmprune
 import tiny_models
-from nmprune.run import api, folder
+from nmprune.methods import Method
+from nmprune.run import api, folder, learn_layers
 from nmprune.run import prune as prune_module
 
 N_LAYERS = 8
@@ -32,7 +33,7 @@ def context() -> ForkServerContext:
 
 
 def work(
-    model: str, out: str, pause: dict[str, float], keep_hidden: bool, method: str, settings: dict[str, Any]
+    model: str, out: str, pause: dict[str, float], keep_hidden: bool, method: str | Method, settings: dict[str, Any]
 ) -> None:
     """Prune, pausing at every report of a stage; exits 2 with the text in `<out>.error` on an InputError.
 
@@ -40,13 +41,14 @@ def work(
         model: the folder.
         out: the run folder.
         pause: stage -> seconds; "card" is the moment between the finished model and results.json.
-        keep_hidden: keep hidden states after every layer.
+        keep_hidden: keep hidden states after every layer, and a learner's snapshot after every step.
         method: what prunes.
         settings: other arguments of `nmprune.prune`.
     """
     torch.set_num_threads(1)
     if keep_hidden:
         folder.HIDDEN_INTERVAL_SECONDS = 0.0
+        learn_layers.SNAPSHOT_SECONDS = 0.0
     card = prune_module.model_card
 
     def slow_card(*args: object) -> str:
@@ -75,7 +77,7 @@ def start(
     pause: dict[str, float] | None = None,
     *,
     keep_hidden: bool = False,
-    method: str = "sparsegpt",
+    method: str | Method = "sparsegpt",
     **settings: Any,
 ) -> BaseProcess:
     """`work` in a process of its own."""

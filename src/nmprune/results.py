@@ -112,6 +112,99 @@ class PermutationResult:
 
 
 @dataclass(frozen=True)
+class LearningResult:
+    """What learning masks through the whole model came to; losses are in nats per token, on held-out sequences.
+
+    Attributes:
+        loss: "lm" (next token) or "kl" (from the dense model's distribution), in learning and in judging.
+        steps: optimiser steps done.
+        n_tokens: tokens learned from, repeats counted.
+        epochs: how often each sequence was seen.
+        held_out_tokens: that judged.
+        prior_loss: of the prior masks.
+        held_out_loss: of the masks that were taken.
+        best_step: of all masks that were judged, the best came after so many steps.
+        best_loss: of the best learned masks.
+        best_flips: share of the groups in which they differ from the prior's, 0..1.
+        last_loss: of the masks after the last step.
+        last_flips: as `best_flips`.
+        guarded: the prior masks were taken, because no learned ones were better.
+    """
+
+    loss: str
+    steps: int
+    n_tokens: int
+    epochs: float
+    held_out_tokens: int
+    prior_loss: float
+    held_out_loss: float
+    best_step: int
+    best_loss: float
+    best_flips: float
+    last_loss: float
+    last_flips: float
+    guarded: bool
+
+
+@dataclass(frozen=True)
+class LearnedLayerResult:
+    """What learning the masks of one decoder layer came to; losses are the method's, on held-out sequences, of hard masks.
+
+    Attributes:
+        layer: 0-based decoder layer.
+        steps: that the method made.
+        prior_loss: with the prior masks; null where there is no prior, or nothing was held out.
+        loss: with the masks that the method returned; null where nothing was held out.
+        final_loss: after polish and reconstruct; null where none follow, or nothing was held out.
+        flips: share of the groups whose mask is not the prior's, 0..1; null without a prior.
+        accepted: whether the method's guard took the learned masks; null where the method has none.
+    """
+
+    layer: int
+    steps: int
+    prior_loss: float | None = None
+    loss: float | None = None
+    final_loss: float | None = None
+    flips: float | None = None
+    accepted: bool | None = None
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What finetuning found.
+
+    Attributes:
+        parent: the run that it started from.
+        loss: "kl" from the dense model's next-token distribution, or "lm".
+        text: what it was trained on; all settings are in recipe.yaml.
+        split: which part of it.
+        n_tokens: token positions trained on, repeats counted.
+        epochs: how often the text was seen.
+        steps: optimiser steps done.
+        best_step: after which the weights that were written stood; 0 = nothing helped, the parent's weights.
+        seconds: of training, held-out evaluations included, of all sessions.
+        compute: what forwards were computed in, and where.
+        tensors: checkpoint tensors whose values may have moved, the masked ones not counted.
+        held_out_before: the parent's losses on held-out windows, nats per token: loss, nll (of the language model).
+        held_out_after: the same of the model that was written.
+    """
+
+    parent: str
+    loss: str
+    text: str
+    split: str
+    n_tokens: int
+    epochs: float
+    steps: int
+    best_step: int
+    seconds: float
+    compute: str
+    tensors: tuple[str, ...]
+    held_out_before: dict[str, float]
+    held_out_after: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Results:
     """What a finished pruning run found.
 
@@ -139,6 +232,9 @@ class Results:
         dense: linears that stayed dense.
         allocation: how mixed patterns were allocated; null where every linear has the same.
         permutation: which channels were reordered before pruning; empty where none were asked for.
+        finetune: how kept weights were trained afterwards; null where they were not.
+        learning: how masks were learned through the whole model; null for other methods.
+        learned_layers: how masks were learned decoder layer by decoder layer; empty for other methods.
     """
 
     model: str
@@ -162,6 +258,9 @@ class Results:
     dense: tuple[DenseResult, ...]
     allocation: AllocationResult | None = None
     permutation: tuple[PermutationResult, ...] = ()
+    finetune: FinetuneResult | None = None
+    learning: LearningResult | None = None
+    learned_layers: tuple[LearnedLayerResult, ...] = ()
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -186,7 +285,14 @@ class Results:
             mixed = raw.pop("allocation", None)
             allocation = AllocationResult(**{**mixed, "choices": tuple(mixed["choices"])}) if mixed else None
             permutation = tuple(PermutationResult(**one) for one in raw.pop("permutation", ()))
-            return cls(linears=linears, dense=dense, allocation=allocation, permutation=permutation, **raw)
+            raw["learned_layers"] = tuple(LearnedLayerResult(**one) for one in raw.pop("learned_layers", ()))
+            tuned = raw.pop("finetune", None)
+            finetune = FinetuneResult(**{**tuned, "tensors": tuple(tuned["tensors"])}) if tuned else None
+            learned = raw.pop("learning", None)
+            learning = LearningResult(**learned) if learned else None
+            parts: dict[str, Any] = {"allocation": allocation, "permutation": permutation}
+            parts |= {"finetune": finetune, "learning": learning}
+            return cls(linears=linears, dense=dense, **parts, **raw)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}. Is it a finished run folder?") from error
         except (ValueError, KeyError, TypeError) as error:

@@ -5,7 +5,7 @@ Legend: T tokens, I in_features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -111,6 +111,65 @@ def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+class SegmentSum:
+    """A sum over segments of the calibration sequences, added up in their order: ((s0 + s1) + s2) + ...
+
+    Whoever adds up which segment, the bits are the same, as long as segments are closed in order. In memory are the sum so
+    far and the segment in work.
+
+    Args:
+        make: zeros for one segment: tensors that are added element by element.
+    """
+
+    def __init__(self, make: Callable[[], list[Tensor]]) -> None:
+        self._make = make
+        self._segment: list[Tensor] | None = None
+        self._total: list[Tensor] | None = None
+        self.n_segment = 0
+        self.n_total = 0
+
+    def segment(self) -> list[Tensor]:
+        """What the segment in work adds up in; to be changed in place."""
+        if self._segment is None:
+            self._segment = self._make()
+        return self._segment
+
+    def total(self) -> list[Tensor]:
+        """The sum over the segments that were closed."""
+        if self._total is None:
+            self._total = self._make()
+        return self._total
+
+    def close_segment(self) -> None:
+        """Add the segment in work to the total; the next one starts from zero."""
+        if self._segment is None:
+            return
+        if self._total is None:
+            self._total, self._segment = self._segment, None  # 0 + s = s
+        else:
+            for total, part in zip(self._total, self._segment, strict=True):
+                total += part
+                part.zero_()
+        self.n_total, self.n_segment = self.n_total + self.n_segment, 0
+
+    def forget_segment(self) -> None:
+        """Start the next segment from zero: this one is added up in another process."""
+        for part in self._segment or ():
+            part.zero_()
+        self.n_segment = 0
+
+    def last_segment(self) -> None:
+        """Close the segment in work and give its memory back: none follows."""
+        self.close_segment()
+        self._segment = None
+
+    def take(self) -> list[Tensor]:
+        """The total with the segment in work; what is left here is nothing."""
+        self.close_segment()
+        total, self._total, self._segment = self.total(), None, None
+        return total
+
+
 class StatsAccumulator:
     """Adds up batches of one linear's input. Adding N batches equals adding their concatenation, up to rounding.
 
@@ -118,18 +177,27 @@ class StatsAccumulator:
         in_features: width of the input.
         needs: which statistics to collect.
         device: where the sums live.
+
+    Attributes:
+        parts: the sums over all tokens; or over those that are not held out, and over those that are.
     """
 
     def __init__(self, in_features: int, needs: frozenset[Statistic], device: torch.device | str = "cpu") -> None:
-        self._in_features = in_features
-        wide = _widest(torch.device(device))
-        self._sq_norm_I = torch.zeros(in_features, dtype=wide, device=device) if "input_sq_norm" in needs else None
-        self._sum_I = torch.zeros(in_features, dtype=wide, device=device) if "input_sum" in needs else None
+        self._in_features, self._device = in_features, device
+        self._wide = _widest(torch.device(device))
+        vectors: tuple[Statistic, ...] = ("input_sq_norm", "input_sum")
+        self._vectors = [name for name in vectors if name in needs]
+        self._has_gram, self._has_cross = "input_gram" in needs, "cross_gram" in needs
+        self._all_paired = True
         self._splits = "held_out_gram" in needs
-        parts = 1 + self._splits  # all tokens, or those held out in a sum of their own
-        self._n_tokens = [0] * parts
-        self._grams = [_Gram(in_features, device) for _ in range(parts) if "input_gram" in needs]
-        self._crosses = [_Gram(in_features, device) for _ in range(parts) if "cross_gram" in needs]
+        self.parts = [SegmentSum(self._zeros) for _ in range(1 + self._splits)]
+
+    def _zeros(self) -> list[Tensor]:
+        """Vectors, the blocks of the Gram matrix on and above the diagonal, the cross Gram matrix; as far as needed."""
+        shapes = [*gram_block_shapes(self._in_features)] if self._has_gram else []
+        shapes += [(self._in_features, self._in_features)] if self._has_cross else []
+        vectors = [torch.zeros(self._in_features, dtype=self._wide, device=self._device) for _ in self._vectors]
+        return [*vectors, *(torch.zeros(shape, dtype=torch.float32, device=self._device) for shape in shapes)]
 
     def add(
         self,
@@ -153,70 +221,78 @@ class StatsAccumulator:
         if inputs.shape[-1] != self._in_features:
             raise ValueError(f"inputs {tuple(inputs.shape)} given to statistics of {self._in_features} input features")
         x_TI = inputs.detach().reshape(-1, self._in_features).float()
-        part = int(held_out and self._splits)
-        self._n_tokens[part] += x_TI.shape[0]
+        part = self.parts[held_out and self._splits]
+        part.n_segment += x_TI.shape[0]
+        sums = iter(part.segment())
         root_T1 = None if weights is None else weights.reshape(-1, 1).sqrt().to(x_TI)
-        if self._sum_I is not None:
-            for rows_TI in (x_TI if root_T1 is None else x_TI * root_T1.square()).split(_SQ_NORM_ROWS):
-                self._sum_I += rows_TI.sum(0)
-        if root_T1 is not None:
-            x_TI = x_TI * root_T1  # a token's weight on its products: the square root on each side
-        if self._sq_norm_I is not None:
-            for rows_TI in x_TI.split(_SQ_NORM_ROWS):
-                self._sq_norm_I += rows_TI.square().sum(0)
-        if self._grams:
-            self._grams[part].add(x_TI)
+        weighted_TI = x_TI if root_T1 is None else x_TI * root_T1  # on products: the square root on each side
+        for name in self._vectors:
+            sum_I = next(sums)
+            if name == "input_sum":
+                for rows_TI in (x_TI if root_T1 is None else x_TI * root_T1.square()).split(_SQ_NORM_ROWS):
+                    sum_I += rows_TI.sum(0)
+            else:
+                for rows_TI in weighted_TI.split(_SQ_NORM_ROWS):
+                    sum_I += rows_TI.square().sum(0)
+        if self._has_gram:
+            for start in range(0, self._in_features, _GRAM_BLOCK):
+                next(sums).addmm_(weighted_TI[:, start : start + _GRAM_BLOCK].T, weighted_TI[:, start:])
         if dense_inputs is None:
-            self._crosses.clear()
-        elif self._crosses:
+            self._all_paired = False
+        elif self._has_cross:
             dense_TI = dense_inputs.detach().reshape(-1, self._in_features).float()
-            self._crosses[part].add(x_TI, dense_TI if root_T1 is None else dense_TI * root_T1)
+            next(sums).addmm_(weighted_TI.T, dense_TI if root_T1 is None else dense_TI * root_T1)
 
     def result(self) -> InputStats:
-        """The statistics so far. Call it once, when everything has been added."""
-        gram_II, held_gram_II = _total([one.symmetric() for one in self._grams])
-        cross_II, held_cross_II = _total([one.sum_II for one in self._crosses])
+        """The statistics so far. Call it once, when everything has been added.
+
+        Raises:
+            ValueError: it was called before.
+        """
+        if not self.parts:
+            raise ValueError("result() was called before: the sums were given away")
+        held_out_tokens = sum(part.n_total + part.n_segment for part in self.parts[1:])
+        n_tokens = sum(part.n_total + part.n_segment for part in self.parts[:1]) + held_out_tokens
+        sums, held_out = self.parts[0].take(), self.parts[1].take() if self._splits else []
+        self.parts = []
+        for one, part in zip(sums, held_out, strict=False):
+            one += part
+        vectors: dict[str, Tensor] = {name: sums.pop(0) for name in self._vectors}
+        del held_out[: len(self._vectors)]
+        cross_II, held_cross_II = (_last(one) if self._has_cross else None for one in (sums, held_out))
         return InputStats(
-            n_tokens=sum(self._n_tokens),
-            input_sq_norm=self._sq_norm_I,
-            input_gram=gram_II,
-            input_sum=self._sum_I,
-            held_out_gram=held_gram_II,
-            held_out_tokens=self._n_tokens[1] if self._splits else 0,
-            cross_gram=cross_II,
-            held_out_cross=held_cross_II,
+            n_tokens=n_tokens,
+            input_sq_norm=vectors.get("input_sq_norm"),
+            input_gram=_symmetric(sums) if self._has_gram else None,
+            input_sum=vectors.get("input_sum"),
+            held_out_gram=_symmetric(held_out) if self._has_gram and self._splits else None,
+            held_out_tokens=held_out_tokens,
+            cross_gram=cross_II if self._all_paired else None,
+            held_out_cross=held_cross_II if self._all_paired else None,
         )
 
 
-class _Gram:
-    """A sum of X^T D over batches, fp32 (in, in)."""
-
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self.sum_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-
-    def add(self, x_TI: Tensor, dense_TI: Tensor | None = None) -> None:
-        """Add a batch; without D it is X, and only the blocks on and above the diagonal are multiplied."""
-        if dense_TI is not None:
-            self.sum_II.addmm_(x_TI.T, dense_TI)
-            return
-        for start in range(0, x_TI.shape[1], _GRAM_BLOCK):
-            stop = min(start + _GRAM_BLOCK, x_TI.shape[1])
-            self.sum_II[start:stop, start:].addmm_(x_TI[:, start:stop].T, x_TI[:, start:])
-
-    def symmetric(self) -> Tensor:
-        """The whole of X^T X: the blocks that were multiplied, and their mirror images."""
-        for start in range(0, len(self.sum_II), _GRAM_BLOCK):
-            stop = min(start + _GRAM_BLOCK, len(self.sum_II))
-            block = self.sum_II[start:stop, start:stop]
-            block.copy_(block.triu() + block.triu(1).T)
-            self.sum_II[stop:, start:stop] = self.sum_II[start:stop, stop:].T
-        return self.sum_II
+def gram_block_shapes(in_features: int) -> Iterator[tuple[int, int]]:
+    """Of the blocks of rows of a Gram matrix, from the diagonal on."""
+    for start in range(0, in_features, _GRAM_BLOCK):
+        yield min(_GRAM_BLOCK, in_features - start), in_features - start
 
 
-def _total(parts: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """The sum over all tokens, and the part of it that was held out."""
-    if not parts:
-        return None, None
-    if len(parts) == 1:
-        return parts[0], None
-    return parts[0].add_(parts[1]), parts[1]
+def _last(tensors: list[Tensor]) -> Tensor | None:
+    return tensors.pop() if tensors else None
+
+
+def _symmetric(blocks: list[Tensor]) -> Tensor:
+    """The whole of X^T X, fp32 (in, in), from its blocks and their mirror images; `blocks` is emptied on the way."""
+    size = blocks[0].shape[1]
+    gram_II = torch.empty(size, size, dtype=torch.float32, device=blocks[0].device)
+    start = 0
+    while blocks:
+        rows = blocks.pop(0)
+        stop = start + len(rows)
+        square = rows[:, : len(rows)]
+        gram_II[start:stop, start:stop] = square.triu() + square.triu(1).T
+        gram_II[start:stop, stop:] = rows[:, len(rows) :]
+        gram_II[stop:, start:stop] = rows[:, len(rows) :].T
+        start = stop
+    return gram_II

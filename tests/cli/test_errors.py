@@ -115,3 +115,17 @@ def test_a_bug_inside_a_command(call, base, monkeypatch):
     assert result.exit_code == 1
     assert "bug: ZeroDivisionError: division by zero" in result.stderr
     assert "Traceback" in call("inspect", base, "--debug").stderr
+
+
+def test_a_command_that_cannot_be_shared_says_so_under_torchrun(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(None) == 2
+    assert "command works in one process, and torchrun started 2. Start it without torchrun" in capsys.readouterr().err
+
+
+def test_of_several_processes_one_prints_the_error_document(capsys, monkeypatch):
+    for rank, expected in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert run(InputError("x"), json=True) == 2
+        out, err = capsys.readouterr()
+        assert bool(out) == expected and "error: x" in err

@@ -8,7 +8,7 @@ def flat(text):
 
 
 def test_a_permuted_run_from_the_command_line(call, document, base, tmp_path):
-    words = (base, "--n-sequences", 2, "--seq-len", 16)
+    words = (base, "--method", "wanda", "--n-sequences", 2, "--seq-len", 16)
     out = tmp_path / "run"
     done = call("prune", *words, "--permute", "ffn,residual", "--out", out)
     assert done.exit_code == 0, done.output

@@ -17,12 +17,14 @@ def test_a_plan_from_the_config_alone(call, document, base, tmp_path):
 
 
 def test_a_plan_with_a_time(document, base, tmp_path):
-    found = document("plan", base, "--time", "--out", tmp_path, "--n-sequences", 2, "--seq-len", 16)
+    found = document(
+        "plan", base, "--method", "wanda", "--time", "--out", tmp_path, "--n-sequences", 2, "--seq-len", 16
+    )
     assert found["total_seconds"] > 0
 
 
 def test_a_device_that_is_not_here(document, base):
-    found = document("plan", base, "--n-sequences", 2, "--seq-len", 16, "--device-memory", "1KB")
+    found = document("plan", base, "--method", "wanda", "--n-sequences", 2, "--seq-len", 16, "--device-memory", "1KB")
     assert not found["fits"]
     assert found["device_memory"] == 1000
 
@@ -30,7 +32,7 @@ def test_a_device_that_is_not_here(document, base):
 def test_a_model_that_is_sparse_already(call, document, base, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "nmprune": {"pattern": "2 kept of 4"}}))
-    words = ("plan", tmp_path, "--n-sequences", 2, "--seq-len", 16, "--no-time")
+    words = ("plan", tmp_path, "--method", "wanda", "--n-sequences", 2, "--seq-len", 16, "--no-time")
     refused = call(*words)
     assert refused.exit_code == 2
     assert "is sparse already: its config.json says so" in refused.stderr
@@ -48,7 +50,7 @@ def test_two_sums_per_input_take_twice_the_memory_of_one(document, base):
 
 
 def test_mixed_patterns_are_planned(call, document, base):
-    words = ("plan", base, "--n-sequences", 2, "--seq-len", 16, "--no-time")
+    words = ("plan", base, "--method", "wanda", "--n-sequences", 2, "--seq-len", 16, "--no-time")
     mixed = ("--allocate", "1:4,2:4,dense", "--density", "0.4", "--allocate-rule", "owl")
     found = document(*words, *mixed)
     assert found["pattern"] == "mixed: 1 kept of 4, 2 kept of 4, or dense, 40.00% kept in all"

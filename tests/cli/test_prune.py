@@ -34,7 +34,7 @@ def test_a_run_its_summary_and_what_next(call, base, tmp_path):
 
 
 def test_the_same_command_again_changes_nothing_and_says_so(call, document, base, tmp_path):
-    words = ("prune", base, "--out", tmp_path / "run", *SMALL)
+    words = ("prune", base, "--method", "wanda", "--out", tmp_path / "run", *SMALL)
     first = document(*words)
     assert not first["already_finished"]
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
@@ -49,7 +49,7 @@ def test_the_same_command_again_changes_nothing_and_says_so(call, document, base
 
 def test_a_finished_run_needs_its_model_no_more(call, base, tmp_path):
     moved = Path(shutil.copytree(base, tmp_path / "model"))
-    words = ("prune", moved, "--out", tmp_path / "run", *SMALL)
+    words = ("prune", moved, "--method", "wanda", "--out", tmp_path / "run", *SMALL)
     assert call(*words).exit_code == 0
     shutil.rmtree(moved)
     assert call(*words).exit_code == 0
@@ -76,6 +76,7 @@ def test_every_flag_reaches_the_recipe(call, base, tmp_path):
         "true_sequential": True,
         "batch_size": 2,
         "min_expert_tokens": 32,
+        "sum_segments": 8,
     }
     assert (recipe["seed"], recipe["dtype"]) == (7, "bfloat16")
     assert (recipe["trust_remote_code"], recipe["allow_sparse"]) == (True, True)
@@ -83,7 +84,8 @@ def test_every_flag_reaches_the_recipe(call, base, tmp_path):
 
 def test_machine_flags(call, base, tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
-    words = ("prune", base, *SMALL, "--device", "cpu", "--hidden-budget", "1KB", "--threads", 1, "--scratch", scratch)
+    words = ("prune", base, "--method", "wanda", *SMALL, "--scratch", scratch)
+    words += ("--device", "cpu", "--hidden-budget", "1KB", "--threads", 1)
     result = call(*words, "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "--scratch" in result.stderr
@@ -166,12 +168,15 @@ def test_a_misspelt_model_or_recipe(call, base, tmp_path, monkeypatch):
 
 
 def test_propagate_dense(call, base, tmp_path):
-    assert call("prune", base, *SMALL, "--propagate", "dense", "--out", tmp_path / "run").exit_code == 0
+    assert (
+        call("prune", base, "--method", "wanda", *SMALL, "--propagate", "dense", "--out", tmp_path / "run").exit_code
+        == 0
+    )
     assert recipe_of(tmp_path / "run").stream.propagate == "dense"
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(call, base, tmp_path, monkeypatch):
-    words = ["prune", str(base), "--out", str(tmp_path / "run"), *map(str, SMALL)]
+    words = ["prune", str(base), "--method", "wanda", "--out", str(tmp_path / "run"), *map(str, SMALL)]
     reference = tiny_runs.finished(base, tmp_path / "reference")
 
     def interrupt(view: object, sign: Progress) -> None:
@@ -195,7 +200,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(call, base, tmp_path, mon
 
 def test_experts(call, tmp_path):
     moe = tiny_runs.model(tmp_path / "moe", "qwen2_moe")
-    result = call("prune", moe, "--out", tmp_path / "run", *SMALL)
+    result = call("prune", moe, "--method", "wanda", "--out", tmp_path / "run", *SMALL)
     assert result.exit_code == 0
     assert "by magnitude: too few tokens" in result.stdout
 
@@ -211,7 +216,7 @@ def test_a_linear_that_does_not_take_the_pattern(call, tmp_path):
 def test_mixed_patterns_are_shown_wherever_a_run_is_looked_at(call, document, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mixed = ("--allocate", "1:4, 2:4,3:4,dense", "--density", 0.55, "--allocate-rule", "owl")
-    done = call("prune", base, *mixed, *SMALL)
+    done = call("prune", base, "--method", "wanda", *mixed, *SMALL)
     assert done.exit_code == 0, done.output
     out = tmp_path / "runs" / f"{base.name}_wanda_mixed55"
     assert recipe_of(out).to_dict()["allocate"] == {
@@ -233,7 +238,7 @@ def test_mixed_patterns_are_shown_wherever_a_run_is_looked_at(call, document, ba
     assert "tensors by pattern" in call("inspect", out / "masks.safetensors").stdout
     assert document("inspect", out / "model")["pruned"]["pattern"].startswith("mixed: ")
     plain = tmp_path / "plain"
-    assert call("prune", base, "--out", plain, *SMALL).exit_code == 0
+    assert call("prune", base, "--method", "wanda", "--out", plain, *SMALL).exit_code == 0
     assert "of other patterns" in call("diff", out, plain).stdout
     off = ("--allocate", "", "--density", 0, "--allocate-rule", "error")
     uniform = call("prune", out / "recipe.yaml", *off, "--out", tmp_path / "x")

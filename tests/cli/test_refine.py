@@ -29,7 +29,8 @@ def refined(made, tmp_path_factory) -> Path:
     from nmprune.cli import app
 
     out = tmp_path_factory.mktemp("refined") / "run"
-    words = ("prune", made[0], *SMALL, "--polish", "--reconstruct", "--set", "reconstruct.ridge=0.1", "--out", out)
+    words = ("prune", made[0], "--method", "wanda", *SMALL, "--polish", "--reconstruct")
+    words += ("--set", "reconstruct.ridge=0.1", "--out", out)
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     (out.parent / "stdout").write_text(result.stdout)
@@ -85,7 +86,7 @@ def test_it_verifies(refined, call):
 
 def test_the_same_command_again_changes_nothing_and_other_settings_are_another_run(refined, call, made):
     before = {file: file.stat().st_mtime_ns for file in refined.rglob("*")}
-    words = ("prune", made[0], *SMALL, "--polish", "--reconstruct", "--out", refined)
+    words = ("prune", made[0], "--method", "wanda", *SMALL, "--polish", "--reconstruct", "--out", refined)
     again = call(*words, "--set", "reconstruct.ridge=0.1")
     assert again.exit_code == 0 and "finished already; nothing to do" in again.stderr
     other = call(*words)
@@ -113,7 +114,7 @@ def test_a_copy_of_the_masks_says_that_weights_moved(refined, call, made, tmp_pa
 
 def test_the_folder_is_named_after_the_steps(call, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert call("prune", base, *SMALL, "--polish", "--set", "polish.target=0").exit_code == 0
+    assert call("prune", base, "--method", "wanda", *SMALL, "--polish", "--set", "polish.target=0").exit_code == 0
     run = tmp_path / "runs" / f"{base.name}_wanda+polish_2x4"
     results = json.loads((run / "results.json").read_text())
     assert results["updates_weights"] is False, "polish moves no weight"
@@ -125,7 +126,7 @@ def test_the_folder_is_named_after_the_steps(call, base, tmp_path, monkeypatch):
 
 def test_faults_are_listed_together(call, base):
     result = call(
-        *("prune", base, "--n-sequences", 4, "--reconstruct", "--set", "reconstruct.ridge=-1"),
+        *("prune", base, "--method", "wanda", "--n-sequences", 4, "--reconstruct", "--set", "reconstruct.ridge=-1"),
         *("--set", "reconstruct.foo=1", "--set", "calibration.n_held_out=4", "--propagate", "dense"),
     )
     assert result.exit_code == 2
@@ -143,7 +144,7 @@ def test_faults_are_listed_together(call, base):
 
 
 def test_a_plan_names_the_steps_and_counts_the_dense_model(document, base, tmp_path):
-    words = ("plan", base, *SMALL, "--device-memory", "1GB")
+    words = ("plan", base, "--method", "wanda", *SMALL, "--device-memory", "1GB")
     plain, both, own = (
         document(*words, *more) for more in ((), ("--reconstruct",), ("--reconstruct", "--set", "reconstruct.target=0"))
     )
@@ -155,7 +156,8 @@ def test_a_plan_names_the_steps_and_counts_the_dense_model(document, base, tmp_p
 
 def test_interrupted_and_run_again(call, base, refined, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    words = ("prune", base, *SMALL, "--polish", "--reconstruct", "--set", "reconstruct.ridge=0.1", "--out", out)
+    words = ("prune", base, "--method", "wanda", *SMALL, "--polish", "--reconstruct")
+    words += ("--set", "reconstruct.ridge=0.1", "--out", out)
 
     def interrupt(view: object, sign: object) -> None:
         if sign.stage == "layers" and sign.text:

@@ -45,5 +45,5 @@ def test_every_recipe_flag_reaches_the_recipe():
     """A field that `as_settings` forgets would be a flag that does nothing."""
     given = RecipeFlags(**{name: "x" for name in inspect.signature(RecipeFlags).parameters if name != "settings"})
     n_fields = len(inspect.signature(RecipeFlags).parameters)
-    assert len(given.as_settings()) == n_fields - 2  # --exclude and --set go their own ways
+    assert len(given.as_settings()) == n_fields - 3  # --exclude, --set and --effort go their own ways
     assert RecipeFlags(settings=["a=b"]).as_settings() == ["a=b"]

@@ -141,12 +141,13 @@ def test_every_method_is_described(name):
     assert method.name == name
     assert method.__module__ == f"nmprune.methods.{name}", "one paper = one file, named as the method"
     assert 20 <= len(method.summary) <= 100 and method.summary.endswith(".")
-    assert any(word in method.paper for word in ("arXiv", "doi", "ours: "))
+    assert any(word in method.paper for word in ("arXiv", "doi", "OpenReview", "ours: "))
     page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
     assert page.startswith(f"# {name}\n")
     if not method.paper.startswith("ours: "):
-        site = "arxiv.org/abs" if "arXiv" in method.paper else "doi.org"
-        assert f"{site}/{method.paper.split()[-1]}" in page
+        sites = {"arXiv": "arxiv.org/abs/", "doi": "doi.org/", "OpenReview": "openreview.net/forum?id="}
+        site = next(site for word, site in sites.items() if word in method.paper)
+        assert f"{site}{method.paper.split()[-1]}" in page
     for field in dataclasses.fields(method):
         help_text = field.metadata.get("help", "")
         assert len(help_text) > 10, f"{name}.{field.name} has no help"

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny_models
+from nmprune.run import Recipe, prune_run
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -110,6 +111,26 @@ def test_quality(bench, model_folder):
     assert "kept:" not in printed and len(more) == 5
 
 
+def test_finetune(bench, model_folder):
+    settings = ["--model", model_folder, "--method", "wanda", "--n-sequences", 2, "--seq-len", 16, "--max-windows", 2]
+    settings += ["--texts", "builtin", "--calibration", "builtin", "--minutes", 0, "--steps", 2]
+    rows, markdown, _ = bench("finetune", *settings, "--variants", "kl", "kl+lora16")
+    check_origin(rows, markdown)
+    assert [row["key"]["what"] for row in rows] == ["dense", "start", "kl", "kl+lora16"]
+    for row in rows[2:]:
+        values = row["values"]
+        assert values["masks_intact"] and values["steps"] == 2 and values["n_tokens"] == 2 * 2 * 16
+        assert values["curve"][0]["step"] == 0 and values["held_out_after"]["loss"] > 0
+        ratio = values["perplexity"]["builtin"]["value"] / rows[0]["values"]["perplexity"]["builtin"]["value"]
+        assert f"{ratio:.2f} x" in markdown
+
+    # a run that is there is a start, too
+    run = model_folder.parent / "start"
+    prune_run(Recipe.from_dict({"model": str(model_folder), "method": "magnitude", "pattern": "2:4"}), run)
+    more, _, printed = bench("finetune", *settings, "--variants", "lm", "--start", run)
+    assert printed.count("kept:") == 1 and [row["key"]["what"] for row in more[4:]] == ["start", "lm"]
+
+
 def test_random_llama_is_one_shard_per_layer(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import random_llama
@@ -135,6 +156,64 @@ def test_plan_accuracy(bench, model_folder):
     assert values["measured"]["peak_memory"] > 0 and values["measured"]["weights_kept"] > 0
     error = values["planned"]["peak_memory"] / values["measured"]["peak_memory"] - 1
     assert f"{error:+.1%}" in markdown and "MISSED" in markdown  # 20 MiB of library code against kilobytes
+
+
+def test_solver_speed(bench):
+    rows, markdown, _ = bench("solver_speed", "--shapes", "8x32", "--repeats", 2)
+    check_origin(rows, markdown)
+    assert [row["key"]["solver"] for row in rows] == ["sparsegpt", "alps", "descent", "reconstruct"]
+    for row in rows:
+        values = row["values"]
+        assert len(values["seconds"]) == len(values["seconds_again"]) == 2
+        assert min(*values["seconds"], *values["seconds_again"]) > 0 and values["torch_threads"] == 1
+        assert 0.9 < sum(values["shares"].values()) < 1.1 and values["shares"]["products"] > 0
+    factoring = [row["values"]["shares"].get("factorising", 0) > 0 for row in rows]
+    assert factoring == [True, True, False, False]
+    seconds = sorted(rows[0]["values"]["seconds"])
+    assert f"{sum(seconds) / 2 / (8 * 32 * 32 / 1e9):.3f}" in markdown
+
+
+def test_maskpro_variance(bench, model_folder):
+    settings = ["--model", model_folder, "--flip-shares", 0.1, "--batch-sizes", 2, "--draws", 8, "--run-in", 2]
+    rows, markdown, _ = bench("maskpro_variance", *settings, "--n-sequences", 4, "--seq-len", 8)
+    check_origin(rows, markdown)
+    (values,) = (row["values"] for row in rows)
+    variance = values["variance"]
+    assert values["draws"] == 8 and 0.05 < values["flips"] < 0.15
+    assert variance["vanilla"] > variance["residual"] > 0
+    assert f"{variance['vanilla'] / variance['residual']:,.1f}" in markdown
+
+
+def test_learners(bench, model_folder):
+    settings = ["--model", model_folder, "--texts", "own", "--windows", 4, "--seq-len", 16, "--tokens", 96]
+    settings += ["--steps", 2, "--eval-every", 1, "--batch-size", 2, "--one-shot"]
+    chosen = ["--methods", "maskpro", "--set", "maskpro.flip_share=0.3", "all.train.loss=kl"]
+    rows, markdown, _ = bench("learners", *settings, *chosen)
+    check_origin(rows, markdown)
+    assert [row["key"]["what"] for row in rows] == ["dense", "prior", "maskpro"]
+    assert all(len(row["values"]["nlls"]["own"]) == 4 for row in rows)
+    values = rows[2]["values"]
+    assert values["learning"]["steps"] == 2 and values["learning"]["loss"] == "kl"
+    assert not values["learning"]["guarded"] and [one["step"] for one in values["curve"]] == [1, 2]
+    assert values["recipe"]["method"]["prior"] == rows[2]["key"]["prior"] == "wanda"
+    assert values["recipe"]["method"]["flip_share"] == 0.3
+    assert f"{values['learning']['best_loss']:.3f}" in markdown
+
+    _, _, printed = bench("learners", *settings, *chosen)
+    assert printed.count("kept:") == 3 and "measuring" not in printed
+    with pytest.raises(SystemExit):
+        bench("learners", *settings, "--methods", "maskproo")
+
+
+def test_a_model_writes_its_own_text(monkeypatch, model_folder):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import own_text
+
+    windows, origin = own_text.windows_of(model_folder, "own", "calibration", 3, 12, seed=1)
+    assert windows.shape == (3, 12) and (windows[:, 0] == 1).all() and "own text" in origin
+    assert torch.equal(windows, own_text.windows_of(model_folder, "own", "calibration", 3, 12, seed=1)[0])
+    for other in (("evaluation", 1), ("calibration", 2)):
+        assert not torch.equal(windows, own_text.windows_of(model_folder, "own", other[0], 3, 12, seed=other[1])[0])
 
 
 @needs_peers

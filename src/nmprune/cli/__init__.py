@@ -9,14 +9,18 @@ from typing import Annotated
 
 import typer
 
+from nmprune.cli.analyze import analyze
 from nmprune.cli.apply import apply
+from nmprune.cli.curves import curves
 from nmprune.cli.diff import diff
 from nmprune.cli.evaluate import evaluate
+from nmprune.cli.finetune import finetune
 from nmprune.cli.guard import guarded
 from nmprune.cli.inspect import inspect
 from nmprune.cli.list import list_
 from nmprune.cli.plan import plan
 from nmprune.cli.prune import prune
+from nmprune.cli.regenerate import regenerate
 from nmprune.cli.spread import spread
 from nmprune.cli.validate import validate
 from nmprune.cli.verify import verify
@@ -33,10 +37,16 @@ app = typer.Typer(
 )
 
 _DO, _CHECK, _LOOK = "Make sparse", "Prove and measure", "Look before you leap"
-app.command("prune", rich_help_panel=_DO)(guarded(spread(prune), resumable=True))
+app.command("prune", rich_help_panel=_DO)(guarded(spread(prune), resumable=True, shared=True))
+app.command("finetune", rich_help_panel=_DO)(
+    guarded(finetune, resumable=True, kept="The last step that was finished is kept.")
+)
 app.command("apply", rich_help_panel=_DO)(guarded(apply))
 app.command("verify", rich_help_panel=_CHECK)(guarded(verify))
 app.command("evaluate", rich_help_panel=_CHECK)(guarded(evaluate))
+app.command("analyze", rich_help_panel=_CHECK)(guarded(analyze))
+app.command("regenerate", rich_help_panel=_CHECK)(guarded(regenerate))
+app.command("curves", rich_help_panel=_CHECK)(guarded(curves))
 app.command("diff", rich_help_panel=_CHECK)(guarded(diff))
 app.command("list", rich_help_panel=_LOOK)(guarded(list_))
 app.command("plan", rich_help_panel=_LOOK)(guarded(spread(plan)))

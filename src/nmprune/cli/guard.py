@@ -23,18 +23,30 @@ BUG, INPUT, INTERRUPTED = 1, 2, 130
 ISSUES = "the project's issue tracker"
 
 
-def guarded(command: Callable[..., int | None], resumable: bool = False) -> Callable[..., None]:
+def guarded(
+    command: Callable[..., int | None],
+    resumable: bool = False,
+    kept: str = "Finished decoder layers are kept.",
+    shared: bool = False,
+) -> Callable[..., None]:
     """`command` with its errors told in words and turned into an exit code.
 
     Args:
         command: a typer command with the flags `json` and `debug`; it returns its exit code, None for 0.
         resumable: after Ctrl-C the same command goes on where it stopped.
+        kept: what it goes on from.
+        shared: the processes that torchrun starts share its work; a command without this works in one.
     """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         output, debug = Output(json=bool(kwargs.get("json"))), bool(kwargs.get("debug"))
         try:
+            if not shared and os.environ.get("WORLD_SIZE", "1") != "1":
+                raise InputError(
+                    f"{command.__name__.rstrip('_')} works in one process, and torchrun started {os.environ['WORLD_SIZE']}. "
+                    "Start it without torchrun; `nmprune prune` can share its work."
+                )
             code = command(*args, **kwargs) or 0
             sys.stdout.flush()
         except InputError as error:
@@ -45,7 +57,7 @@ def guarded(command: Callable[..., int | None], resumable: bool = False) -> Call
             if resumable:
                 say(
                     output.stderr,
-                    "Finished decoder layers are kept. To go on where it stopped, run the same command again:",
+                    f"{kept} To go on where it stopped, run the same command again:",
                 )
                 say(output.stderr, f"  {shlex.join(['nmprune', *sys.argv[1:]])}")
         except BrokenPipeError:
@@ -76,7 +88,8 @@ def _out_of_memory(error: Exception) -> bool:
 def _memory_words(error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
-        f"too little memory: {reason}\nWays out: --set stream.batch_size=1 (evaluate: --batch-size 1); fewer or shorter "
+        f"too little memory: {reason}\nWays out: --set stream.batch_size=1 (evaluate: --batch-size 1; finetune: "
+        "--set batch_size=1, --set activation_checkpointing=true, --lora 16); fewer or shorter "
         "sequences (--n-sequences, --seq-len); --device cpu where an accelerator was full. `nmprune plan` says what a run "
         "needs before it starts. A run that was begun with other settings wants another --out folder."
     )
@@ -87,7 +100,7 @@ def _told(output: Output, kind: str, message: str, code: int, debug: bool) -> in
     if debug:
         # The frames only: local values hold weights and text.
         Console(stderr=True, width=120).print_exception(show_locals=False)
-    if output.json:
+    if output.json and _prints():
         output.result({"error": {"kind": kind, "message": message}})
     if kind == "input":
         say(output.stderr, f"error: {message}", "red")
@@ -100,6 +113,13 @@ def _told(output: Output, kind: str, message: str, code: int, debug: bool) -> in
         )
         say(output.stderr, f"and report it with `nmprune --version` to {ISSUES}.")
     return code
+
+
+def _prints() -> bool:
+    """Whether stdout is this process's: of several that share a run, one prints."""
+    from nmprune.distributed import is_main_process
+
+    return is_main_process()
 
 
 def _close_stdout() -> None:

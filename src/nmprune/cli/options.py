@@ -41,6 +41,14 @@ Scratch = Annotated[
         rich_help_panel=_MACHINE,
     ),
 ]
+CheckpointMinutes = Annotated[
+    float,
+    typer.Option(
+        help="Methods that learn the whole model keep a checkpoint so often.",
+        min=0,
+        rich_help_panel=_MACHINE,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code from the model's folder. Never done without this flag."),
@@ -53,6 +61,7 @@ Base = Annotated[
 ]
 
 DEVICE, HIDDEN_BUDGET, THREADS = "auto", "8GB", 0
+CHECKPOINT_MINUTES = 5.0
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

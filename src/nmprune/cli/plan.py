@@ -53,6 +53,9 @@ def plan(
       # on this machine
       nmprune plan smollm2-135m --method sparsegpt
 
+      # what the best effort would take
+      nmprune plan smollm2-135m --effort best
+
       # does a 70B model fit one 80 GB card? (a folder with config.json is enough)
       nmprune plan models/llama-70b --method sparsegpt --n-sequences 128 --seq-len 2048 --device-memory 80GB
 

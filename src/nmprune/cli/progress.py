@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
@@ -19,12 +22,17 @@ _LABELS = {
     "gradients": "gradients",
     "permute": "reordering channels",
     "layers": "decoder layers",
+    "learn": "learning masks",
     "model": "writing the model",
+    "analyze": "looking at linears",
+    "finetune": "finetuning",
+    "regenerate": "making masks again",
     "verify": "comparing tensors",
     "dense": "dense model",
     "pruned": "pruned model",
     "measure": "measuring",
 }
+_LIVE_SECONDS = 30.0  # between two lines of a learner where there is no terminal
 _IN_BYTES = ("model", "verify")
 
 
@@ -40,6 +48,18 @@ class _Count(ProgressColumn):
         return Text("") if task.fields.get("share") else Text(f"{int(task.completed)}/{int(task.total)}")
 
 
+class _Bars(Progress):
+    """Bars, and below them a line that a learner keeps writing anew."""
+
+    words = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bars' table, then the line."""
+        yield self.make_tasks_table(self.tasks)
+        if self.words:
+            yield Text(self.words, style="dim")
+
+
 class ProgressView:
     """Shows a run's signs of life; pass `view.show` as `report`.
 
@@ -49,13 +69,14 @@ class ProgressView:
 
     def __init__(self, output: Output) -> None:
         self._output = output
-        self._bars: Progress | None = None
+        self._bars: _Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._layer = -1
+        self._told = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._output.stderr.is_terminal and not self._output.quiet:
-            self._bars = Progress(
+            self._bars = _Bars(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f} %"),
@@ -81,11 +102,20 @@ class ProgressView:
             return
         if sign.text:
             say(self._output.stderr, sign.text)
+        self._live(sign.live)
         if self._bars is None or not sign.total or sign.stage == "done":
             return
         self._bar(sign.stage, _LABELS.get(sign.stage, sign.stage), sign.done, sign.total)
         if sign.stage == "layers":
             self._layer_bar(sign.done, int(sign.total))
+
+    def _live(self, words: str) -> None:
+        """A learner's last words: below the bars, or in a log as a line once in a while."""
+        if self._bars is not None:
+            self._bars.words = words
+        elif words and time.monotonic() - self._told >= _LIVE_SECONDS:
+            say(self._output.stderr, words)
+            self._told = time.monotonic()
 
     def _bar(self, key: str, label: str, done: float, total: float, share: bool = False) -> None:
         assert self._bars is not None

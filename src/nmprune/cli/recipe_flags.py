@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from nmprune.run import Recipe
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
-DEFAULT_METHOD, DEFAULT_PATTERN = "wanda", "2:4"
+DEFAULT_PATTERN = "2:4"
+EFFORTS, DEFAULT_EFFORT = ("fast", "good", "best"), "good"  # run.effort has the recipes; it is not imported for --help
 
 _CALIBRATION, _STREAM, _MIXED = "Calibration text", "How hidden states flow", "Mixed patterns"
 _STEPS = "After the method"
@@ -35,7 +36,24 @@ Method = Annotated[
     str | None,
     typer.Option(
         help="See `nmprune list methods`. Over a recipe: its hyper-parameters are defaults again.",
-        show_default=DEFAULT_METHOD,
+        show_default="what --effort picks",
+    ),
+]
+EffortFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--effort",
+        help="Instead of a method: fast, good or best pick a recipe that was measured (docs/effort.md).",
+        metavar="|".join(EFFORTS),
+        show_default=f"{DEFAULT_EFFORT}, where no method is given",
+    ),
+]
+PresetFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="The method's settings by name, such as best for maskllm; `nmprune list methods` has them.",
+        show_default=False,
     ),
 ]
 PatternFlag = Annotated[
@@ -177,6 +195,8 @@ class RecipeFlags:
     """The flags as they were given, in the order of --help; None = not given."""
 
     method: Method = None
+    preset: PresetFlag = None
+    effort: EffortFlag = None
     pattern: PatternFlag = None
     permute: Permute = None
     exclude: Exclude = None
@@ -197,10 +217,16 @@ class RecipeFlags:
     density: Density = None
     allocate_rule: AllocateRule = None
 
+    @property
+    def names_method(self) -> bool:
+        """Whether --method or --set method=... is given; --set method.KEY=... belongs to any method."""
+        return any(setting.partition("=")[0].strip() in ("method", "method.name") for setting in self.as_settings())
+
     def as_settings(self) -> list[str]:
-        """ "key=value" for every given flag but --exclude; --set comes last and wins."""
+        """ "key=value" for every given flag but --exclude and --effort; --set comes last and wins."""
         given = {
             "method": self.method,
+            "method.preset": self.preset,
             "pattern": self.pattern,
             "calibration.source": self.calibration,
             "calibration.n_sequences": self.n_sequences,
@@ -227,19 +253,40 @@ def is_recipe(model: str) -> bool:
     return model.lower().endswith(RECIPE_SUFFIXES)
 
 
+def chosen_effort(model: str, flags: RecipeFlags) -> str | None:
+    """The effort that picks the recipe: the one asked for, else the default one; None where a method or a recipe is given.
+
+    Raises:
+        InputError: both an effort and a method or a recipe.
+    """
+    there = "a recipe, which names its method" if is_recipe(model) else "a method" if flags.names_method else None
+    if there is None:
+        return flags.effort or DEFAULT_EFFORT
+    if flags.effort is not None:
+        raise InputError(
+            f"--effort {flags.effort} picks a method and its steps, and there is {there}, too. Leave one of them out; "
+            "`nmprune plan MODEL --effort ...` shows what an effort would do."
+        )
+    return None
+
+
 def read_recipe(model: str, flags: RecipeFlags) -> Recipe:
     """The recipe that a command line means.
 
     Raises:
-        InputError: no such recipe file (near matches are named), or faults in it or in the flags, all at once.
+        InputError: no such recipe file or effort (near matches are named), an effort beside a method, or faults in the
+            recipe or in the flags, all at once.
     """
+    from nmprune.run.effort import recipe_of
     from nmprune.run.recipe import Recipe, with_settings
 
+    effort = chosen_effort(model, flags)
     if is_recipe(model):
         check_recipe_file(Path(model))
         recipe = Recipe.from_yaml(Path(model), flags.as_settings())
         return recipe if flags.exclude is None else dataclasses.replace(recipe, exclude=tuple(flags.exclude))
-    raw = {"model": model, "method": DEFAULT_METHOD, "pattern": DEFAULT_PATTERN, "exclude": list(flags.exclude or ())}
+    picked = {} if effort is None else recipe_of(effort)
+    raw = {"model": model, "pattern": DEFAULT_PATTERN, "exclude": list(flags.exclude or ()), **picked}
     return Recipe.from_dict(with_settings(raw, flags.as_settings()), "")
 
 

@@ -25,7 +25,8 @@ def verify(
     """Verify a run: every tensor on disk, bit by bit, against the dense model and the masks.
 
     Each mask keeps exactly N of every M; masked weights are +0.0; kept weights are the dense model's (or, where the method
-    moves weights, finite); all other tensors are untouched, none is missing or extra; the run's files agree with each other.
+    or finetuning moves weights, finite); all other tensors are untouched, none is missing or extra; the run's files agree with
+    each other. A finetuned run's masks are its parent's, byte for byte.
 
     Examples:
 
@@ -51,6 +52,9 @@ def verify(
             "tensors compared": f"{found.n_tensors:,}",
             "masks": f"{found.n_masks:,}, {found.n_groups:,} groups",
             "masked weights": f"{found.n_masked:,}",
+            "equal to": verdict.parent,
+            "dense on purpose": f"{len(verdict.dense):,} linears and embeddings (--json lists them)",
+            "finetuned beside the masks": ", ".join(verdict.beside[:3]) + (", ..." if len(verdict.beside) > 3 else ""),
         }
     rows = [FindingRow(one.tensor, one.what, one.count, one.detail) for one in (found.findings if found else ())]
     output.result({"ok": verdict.ok, **vars(verdict)}, verdict_tables(verdict.ok, checked, verdict.faults, rows))

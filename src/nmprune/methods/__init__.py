@@ -8,22 +8,41 @@ from typing import Any
 
 from nmprune.errors import InputError, near_matches
 from nmprune.methods.alps import Alps
-from nmprune.methods.base import PerLinear, Pruned
+from nmprune.methods.base import Method, PerLinear, Pruned
 from nmprune.methods.descent import Descent
 from nmprune.methods.dsnot import Dsnot
 from nmprune.methods.gblm import Gblm
+from nmprune.methods.hyperprune import HyperPrune
 from nmprune.methods.magnitude import Magnitude
+from nmprune.methods.maskllm import MaskLLM
+from nmprune.methods.maskpro import MaskPro
+from nmprune.methods.proxsparse import ProxSparse
 from nmprune.methods.pruner_zero import PrunerZero
 from nmprune.methods.ria import Ria
 from nmprune.methods.sparsegpt import SparseGPT
 from nmprune.methods.wanda import Wanda
 
-METHODS: dict[str, type[PerLinear]] = {
-    method.name: method for method in (Magnitude, Wanda, Ria, Gblm, PrunerZero, Dsnot, Descent, SparseGPT, Alps)
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        Magnitude,
+        Wanda,
+        Ria,
+        Gblm,
+        PrunerZero,
+        Dsnot,
+        Descent,
+        SparseGPT,
+        Alps,
+        HyperPrune,
+        MaskLLM,
+        ProxSparse,
+        MaskPro,
+    )
 }
 
 
-def find(name: str) -> type[PerLinear]:
+def find(name: str) -> type[Method]:
     """The method class of that name.
 
     Raises:
@@ -34,23 +53,36 @@ def find(name: str) -> type[PerLinear]:
     return METHODS[name]
 
 
-def create(name: str, settings: Mapping[str, Any] | None = None) -> PerLinear:
+def create(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     """A method with some hyper-parameters set and the rest at their defaults.
 
-    Numbers may come as text (from the command line) or as numbers (from a recipe).
+    Numbers may come as text (from the command line) or as numbers (from a recipe). The key "preset" names one of the
+    method's `presets`; what else is given goes before what the preset says.
 
     Raises:
-        InputError: unknown method or hyper-parameter (near matches are named), or a value of the wrong type.
+        InputError: unknown method, preset or hyper-parameter (near matches are named), or a value of the wrong type.
     """
     method = find(name)
     fields = {f.name: f for f in dataclasses.fields(method)}
     values: dict[str, Any] = {}
-    for key, given in (settings or {}).items():
+    for key, given in _expanded(method, settings or {}).items():
         if key not in fields:
             known = near_matches(key, fields) if fields else "It has none."
             raise InputError(f"method {name} has no hyper-parameter {key!r}. {known}")
         values[key] = _typed(f"{name}.{key}", given, fields[key].default)
     return method(**values)
+
+
+def _expanded(method: type[Method], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with those of the preset that they name in its place."""
+    own = {key: value for key, value in settings.items() if key != "preset"}
+    if "preset" not in settings:
+        return own
+    preset = str(settings["preset"])
+    if preset not in method.presets:
+        known = near_matches(preset, method.presets) if method.presets else "It has none."
+        raise InputError(f"method {method.name} has no preset {preset!r}. {known}")
+    return {**method.presets[preset], **own}
 
 
 def _typed(where: str, given: Any, default: Any) -> Any:
@@ -72,4 +104,4 @@ def _typed(where: str, given: Any, default: Any) -> Any:
     raise InputError(f"{where} is {given!r}; expected a {kind.__name__} such as {default!r}.")
 
 
-__all__ = ["METHODS", "PerLinear", "Pruned", "create", "find"]
+__all__ = ["METHODS", "Method", "PerLinear", "Pruned", "create", "find"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nmprune import masks
+from nmprune.distributed import ALONE, Processes
 from nmprune.errors import InputError
 from nmprune.prepare.layer_sums import LayerSums
 from nmprune.stats import GRADIENTS, InputStats, Statistic
@@ -29,6 +30,7 @@ from nmprune.stream.experts import observable_experts
 from nmprune.stream.heap import give_back
 from nmprune.stream.hidden_states import HiddenStates
 from nmprune.stream.phases import Phases
+from nmprune.stream.shares import close_turn, share_of
 
 BACKWARD_PASSES = (
     3  # what one decoder layer costs on the way back, in forwards: the layer again, then two products each
@@ -56,17 +58,18 @@ class LayerGradients:
 
     Attributes:
         index: 0-based number of the decoder layer; layers come last to first.
-        stats: linear name -> `n_tokens`, `weight_grad_abs`, `weight_grad_sq`, `n_grad_sequences`, on the compute device.
+        stats: linear name -> `n_tokens`, `weight_grad_abs`, `weight_grad_sq`, `n_grad_sequences`, on the compute device;
+            empty in other processes than process 0, and so are the token weights.
         token_weights: linear name -> fp32 (n_sequences, seq_len, n_blocks): per token and block of output rows the mean
             square of the loss's gradient with respect to the linear's outputs. Not available for experts.
         seconds: since the last LayerGradients, or since the start; the forward counts with the first.
         input_gradient: (n_sequences, seq_len, hidden), what a later call takes as `restart`. Valid until the generator
-            goes on.
+            goes on. None where several processes have a share of it each.
     """
 
     index: int
     stats: dict[str, InputStats]
-    input_gradient: Tensor
+    input_gradient: Tensor | None
     token_weights: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -82,6 +85,8 @@ def layer_gradients(
     finished: Callable[[int], bool] = lambda index: False,
     restart: tuple[int, Tensor] | None = None,
     scratch: Path | None = None,
+    n_segments: int = 8,
+    processes: Processes = ALONE,
 ) -> Generator[GradientStep | LayerGradients, None, None]:
     """Gradient sums of the linears that are to be pruned; yields a LayerGradients per decoder layer, last to first.
 
@@ -98,6 +103,8 @@ def layer_gradients(
         finished: layers that an interrupted run has already; they are only run through where a layer before them is not.
         restart: (layer, its `input_gradient`) of an interrupted run; that layer and all later ones are finished.
         scratch: folder for hidden states past the budget.
+        n_segments: sums are taken over so many segments of the sequences, and the segments' sums added in order.
+        processes: those that share the run; each has the hidden states of its own sequences, and process 0 gets the sums.
 
     Raises:
         InputError: the loss or its gradient is not finite, or there is no room for the hidden states.
@@ -107,7 +114,18 @@ def layer_gradients(
         return
     wanted = GRADIENTS & needs
     with observable_experts(model.config), ExitStack() as stack:
-        walk = _Backward(model, windows, selections, wanted, token_blocks, hidden_budget, finished, scratch)
+        walk = _Backward(
+            model,
+            windows,
+            selections,
+            wanted,
+            token_blocks,
+            hidden_budget,
+            finished,
+            scratch,
+            n_segments,
+            processes,
+        )
         stack.callback(walk.close)
         yield from walk.run(min(left), restart)
 
@@ -123,13 +141,23 @@ class _Backward:
         hidden_budget: int,
         finished: Callable[[int], bool],
         scratch: Path | None,
+        n_segments: int,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
+        self.shares = [
+            share_of(len(windows), 1, 0, n_segments, replace(processes, rank=rank))
+            for rank in range(processes.world_size)
+        ]
+        self.share = self.shares[processes.rank]
+        self.n_sequences = len(windows)
+        windows = windows[self.share.sequences]
         self.model, self.windows, self.selections, self.needs = model, windows, selections, needs
         self.token_blocks, self.finished, self.scratch = token_blocks, finished, scratch
         self.budget = hidden_budget
         self.inputs: dict[int, HiddenStates] = {}
         self.gradient: HiddenStates | None = None
-        self.sequences = [slice(s, s + 1) for s in range(windows.shape[0])]
+        self.sequences = self.share.batches
         self.scale = 2.0 ** (windows.shape[1] - 1).bit_length()
         self.phases = Phases(model.device)
         self.counted = 0.0
@@ -207,8 +235,9 @@ class _Backward:
                     del logits
                     if not masks.all_finite(gradient):
                         raise InputError(
-                            f"the loss of calibration sequence {number} is {loss.item() / self.scale:g}, or its gradient is not "
-                            "finite: check the checkpoint, or use --dtype float32."
+                            f"the loss of calibration sequence {self.share.sequences[number]} is "
+                            f"{loss.item() / self.scale:g}, or its gradient is not finite: check the checkpoint, or use "
+                            "--dtype float32."
                         )
                     store.put(sequence, gradient)
                 yield self._step("head")
@@ -234,21 +263,41 @@ class _Backward:
             with self.phases("gradients"):
                 layer = stack.enter_context(self.model.layer(index))
                 stack.enter_context(sums.collecting(layer))
-            for number, sequence in enumerate(self.sequences):
-                sums.sequence = number
+            for turn in self.share.turns:
+                for sequence in turn.batches:
+                    sums.sequence = sequence.start
+                    with self.phases("gradients"):
+                        hidden = inputs.get(sequence).detach().requires_grad_()
+                        self.gradient.put(
+                            sequence, back_through(self.calls, index, layer, hidden, self.gradient.get(sequence))
+                        )
+                    yield self._step("backward", BACKWARD_PASSES)
                 with self.phases("gradients"):
-                    hidden = inputs.get(sequence).detach().requires_grad_()
-                    self.gradient.put(
-                        sequence, back_through(self.calls, index, layer, hidden, self.gradient.get(sequence))
-                    )
-                yield self._step("backward", BACKWARD_PASSES)
+                    close_turn([(one, (0,)) for one in sums.sums.values()], turn, self.processes)
         give_back()
         if linears:
             with self.phases("gradients"):
-                stats, token_weights = sums.stats(), sums.token_weights()
+                token_weights = self._gathered(sums.token_weights())
+                stats = sums.stats(self.n_sequences) if self.processes.is_main else {}
             seconds = self.phases.seconds["gradients"]
-            yield LayerGradients(index, stats, self.gradient.all, token_weights, seconds - self.counted)
+            kept = self.gradient.all if self.processes.alone else None
+            yield LayerGradients(index, stats, kept, token_weights, seconds - self.counted)
             self.counted = seconds
+
+    def _gathered(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Token weights of all sequences, in process 0."""
+        if self.processes.alone:
+            return own
+        found = {}
+        for name, mine in own.items():
+            every = mine.new_empty(self.n_sequences, *mine.shape[1:])
+            for rank, share in enumerate(self.shares):
+                part = mine if rank == self.processes.rank else mine.new_empty(len(share.sequences), *mine.shape[1:])
+                self.processes.pass_(part, rank, (0,))
+                every[share.sequences] = part
+            if self.processes.is_main:
+                found[name] = every
+        return found
 
 
 def back_through(calls: LayerCalls, index: int, layer: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,27 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nmprune.architectures import Family, Linear, View
-from nmprune.stats import InputStats, Statistic
+from nmprune.stats import InputStats, SegmentSum, Statistic
 from nmprune.stream.experts import observed
-
-
-@dataclass
-class _Sums:
-    """Of one linear, fp32 (out, in); None where nobody asked."""
-
-    absolute: Tensor | None
-    square: Tensor | None
-    n_tokens: int = 0
-
-    def add(self, gradient: Tensor, view: View) -> None:
-        """Add one sequence's gradient of the stored tensor in which the linear lies."""
-        g_OI = view.of(gradient)
-        if g_OI.dtype != torch.float32:
-            g_OI = g_OI.float()
-        if self.square is not None:
-            self.square.addcmul_(g_OI, g_OI)
-        if self.absolute is not None:
-            self.absolute += g_OI.abs()
 
 
 def n_token_blocks(linear: Linear, n_blocks: int) -> int:
@@ -52,9 +33,13 @@ class LayerSums:
         linears: whose gradients to add up.
         needs: "weight_grad_abs", "weight_grad_sq", both, or neither.
         n_blocks: blocks of output rows for token weights; 0 = no token weights.
-        shape: (n_sequences, seq_len).
+        shape: (n_sequences, seq_len) of what is added up here.
         scale: factor on the loss that was backpropagated; taken out of the results.
         device: where the sums live.
+
+    Attributes:
+        sums: linear name -> the sums that were asked for, fp32 (out, in), over segments of the sequences; they count tokens.
+        sequence: the number of the sequence at work.
     """
 
     def __init__(
@@ -68,14 +53,16 @@ class LayerSums:
         device: torch.device,
     ) -> None:
         self._family, self._scale, self._shape = family, scale, shape
+        self._experts = {linear.name for linear in linears if linear.in_module.expert is not None}
         self._linears: defaultdict[tuple[str, int | None], list[Linear]] = defaultdict(list)
         for linear in linears:
             self._linears[(linear.parameter, linear.in_module.expert)].append(linear)
 
-        def zeros(linear: Linear, name: Statistic) -> Tensor | None:
-            return torch.zeros(linear.shape, dtype=torch.float32, device=device) if name in needs else None
+        def zeros(linear: Linear) -> list[Tensor]:
+            return [torch.zeros(linear.shape, dtype=torch.float32, device=device) for _ in self._kinds]
 
-        self._sums = {one.name: _Sums(zeros(one, "weight_grad_abs"), zeros(one, "weight_grad_sq")) for one in linears}
+        self._kinds = [name for name in ("weight_grad_abs", "weight_grad_sq") if name in needs]
+        self.sums = {one.name: SegmentSum(partial(zeros, one)) for one in linears if self._kinds}
         self._weighted = bool(needs)
         self._n_blocks = n_blocks
         self._token_weights = {
@@ -134,12 +121,21 @@ class LayerSums:
         assert gradient is not None
         parameter.grad = None
         for name, view in views:
-            self._sums[name].add(gradient, view)
+            g_OI = view.of(gradient)
+            if g_OI.dtype != torch.float32:
+                g_OI = g_OI.float()
+            for kind, total in zip(self._kinds, self.sums[name].segment(), strict=True):
+                if kind == "weight_grad_sq":
+                    total.addcmul_(g_OI, g_OI)
+                else:
+                    total += g_OI.abs()
+            if name not in self._experts:
+                self.sums[name].n_segment += self._shape[1]
 
     def _count(self, name: str, expert: int, inputs: Tensor) -> None:
         assert self._family.experts is not None
         for linear in self._linears.get((f"{self._family.experts.module}.{name}", expert), ()):
-            self._sums[linear.name].n_tokens += inputs.shape[0]
+            self.sums[linear.name].n_segment += inputs.shape[0]
 
     def _watch_outputs(self, layer: nn.Module, stack: ExitStack) -> None:
         for (name, expert), linears in self._linears.items():
@@ -162,19 +158,21 @@ class LayerSums:
 
         return forward
 
-    def stats(self) -> dict[str, InputStats]:
-        """By linear name: the gradient sums, with the scale taken out. Call it once; empty where none were asked for."""
-        n_sequences, seq_len = self._shape
+    def stats(self, n_sequences: int) -> dict[str, InputStats]:
+        """By linear name: the gradient sums, with the scale taken out. Call it once; empty where none were asked for.
+
+        Args:
+            n_sequences: whose gradients were added up, in all processes together.
+        """
         found = {}
-        for (_, expert), linears in self._linears.items() if self._weighted else ():
-            for linear in linears:
-                sums = self._sums[linear.name]
-                found[linear.name] = InputStats(
-                    n_tokens=sums.n_tokens if expert is not None else n_sequences * seq_len,
-                    weight_grad_abs=None if sums.absolute is None else sums.absolute.div_(self._scale),
-                    weight_grad_sq=None if sums.square is None else sums.square.div_(self._scale**2),
-                    n_grad_sequences=n_sequences,
-                )
+        for linear in (one for linears in self._linears.values() for one in linears if self._weighted):
+            kept = self.sums[linear.name]
+            kept.close_segment()
+            scales = {"weight_grad_abs": self._scale, "weight_grad_sq": self._scale**2}
+            totals: dict[str, Any] = {
+                kind: total.div_(scales[kind]) for kind, total in zip(self._kinds, kept.take(), strict=True)
+            }
+            found[linear.name] = InputStats(n_tokens=kept.n_total, **totals, n_grad_sequences=n_sequences)
         return found
 
     def token_weights(self) -> dict[str, Tensor]:

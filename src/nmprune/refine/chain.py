@@ -8,11 +8,37 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from nmprune.errors import InputError
-from nmprune.methods.base import PerLinear, Pruned
+from nmprune.methods.base import Method, PerLinear, Pruned
 from nmprune.pattern import Pattern
 from nmprune.refine.polish import Polish
 from nmprune.refine.reconstruct import Reconstruct
 from nmprune.stats import InputStats
+
+
+def steps_of(polish: Polish | None, reconstruct: Reconstruct | None) -> list[Polish | Reconstruct]:
+    """The steps that are given, in order."""
+    return [step for step in (polish, reconstruct) if step is not None]
+
+
+def declared(
+    method: Method, polish: Polish | None, reconstruct: Reconstruct | None, prior: PerLinear | None = None
+) -> dict[str, Any]:
+    """`name`, `needs` and `updates_weights` of a chain: what is the class's in a method depends on the parts there.
+
+    Raises:
+        InputError: polish after a method that moves weights, without reconstruct.
+    """
+    if polish is not None and reconstruct is None and method.updates_weights:
+        raise InputError(
+            f"polish chooses another mask, and the weights that {method.name} moved belong to its own. Add "
+            "reconstruct (--reconstruct), which finds weights for the new one, or leave polish out."
+        )
+    steps = steps_of(polish, reconstruct)
+    return {
+        "name": "+".join([method.name, *(step.name for step in steps)]),
+        "needs": method.needs.union(*(part.needs for part in (*steps, *([prior] if prior else [])))),
+        "updates_weights": reconstruct is not None or (method.updates_weights and polish is None),
+    }
 
 
 @dataclass(frozen=True)
@@ -32,23 +58,12 @@ class Chain(PerLinear):
     reconstruct: Reconstruct | None = None
 
     def __post_init__(self) -> None:
-        if self.polish is not None and self.reconstruct is None and self.method.updates_weights:
-            raise InputError(
-                f"polish chooses another mask, and the weights that {self.method.name} moved belong to its own. Add "
-                "reconstruct (--reconstruct), which finds weights for the new one, or leave polish out."
-            )
-        moves = self.reconstruct is not None or (self.method.updates_weights and self.polish is None)
-        declared = {
-            "name": "+".join([self.method.name, *(step.name for step in self._steps)]),
-            "needs": self.method.needs.union(*(step.needs for step in self._steps)),
-            "updates_weights": moves,
-        }
-        for attribute, value in declared.items():  # what is the class's in a method depends on the parts here
+        for attribute, value in declared(self.method, self.polish, self.reconstruct).items():
             object.__setattr__(self, attribute, value)
 
     @property
     def _steps(self) -> list[Polish | Reconstruct]:
-        return [step for step in (self.polish, self.reconstruct) if step is not None]
+        return steps_of(self.polish, self.reconstruct)
 
     def why_not(self, pattern: Pattern) -> str | None:
         """What the method says."""

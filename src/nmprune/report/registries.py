@@ -7,7 +7,7 @@ from typing import Any
 
 from nmprune.architectures import FAMILIES, Family
 from nmprune.calibration import FILES, SOURCES
-from nmprune.methods import METHODS, PerLinear
+from nmprune.methods import METHODS, Method
 from nmprune.pattern import Pattern
 from nmprune.report.layout import Table
 
@@ -15,7 +15,7 @@ from nmprune.report.layout import Table
 USUAL_PATTERNS = tuple(Pattern(kept, group) for kept, group in ((2, 4), (4, 8), (1, 4), (3, 4), (8, 16)))
 
 
-def describe_method(method: type[PerLinear]) -> dict[str, Any]:
+def describe_method(method: type[Method]) -> dict[str, Any]:
     """A method's facts as plain data."""
     refused = {str(pattern): method().why_not(pattern) for pattern in USUAL_PATTERNS}
     return {
@@ -29,6 +29,7 @@ def describe_method(method: type[PerLinear]) -> dict[str, Any]:
             {"name": one.name, "default": one.default, "help": one.metadata["help"]}
             for one in dataclasses.fields(method)
         ],
+        "presets": {name: dict(settings) for name, settings in method.presets.items()},
     }
 
 
@@ -80,6 +81,10 @@ def hyper_parameters_table() -> Table:
         (f"--set method.{setting['name']}={setting['default']}", one["name"], setting["help"])
         for one in methods()
         for setting in one["hyper_parameters"]
+    ) + tuple(
+        (f"--preset {preset}", one["name"], ", ".join(f"{key}={value}" for key, value in settings.items()))
+        for one in methods()
+        for preset, settings in one["presets"].items()
     )
     return Table("hyper-parameters, with their defaults", ("setting", "method", "what it is"), rows)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ from nmprune.checkpoint import Checkpoint, as_integers
 from nmprune.checkpoint.durable import finish_folder, flush_folder
 from nmprune.checkpoint.names import NameMap
 from nmprune.errors import InputError
-from nmprune.methods import PerLinear, create
+from nmprune.methods import Method, create
+from nmprune.methods.base import WholeModel
 from nmprune.pattern import Pattern
 from nmprune.refine import Polish, Reconstruct
-from nmprune.results import AllocationResult, LinearResult, Results
+from nmprune.results import AllocationResult, LearnedLayerResult, LinearResult, Results
 from nmprune.run.allocate import allocated, select_fitting
 from nmprune.run.allocate_recipe import AllocateRecipe
 from nmprune.run.folder import RunFolder
 from nmprune.run.gradients import GradientFiles, collect_gradients, token_weights
+from nmprune.run.learn_in_memory import learn_in_memory
+from nmprune.run.learn_layers import learning_of
 from nmprune.run.loss_aware import LossAware
 from nmprune.run.machine import Machine
 from nmprune.run.permute import check_permute, permute_model
@@ -37,7 +41,9 @@ from nmprune.run.prune import layer_progress, prune_run
 from nmprune.run.recipe import CalibrationRecipe, Recipe, StreamRecipe, section
 from nmprune.run.stream_options import stream_options
 from nmprune.run.tokens import calibration_windows, token_source
-from nmprune.stream import DecoderModel, LayerDone, prune_layers, refuse_sparse
+from nmprune.run.train_recipe import train_of
+from nmprune.stream import DecoderModel, LayerDone, LayerSelection, prune_layers, refuse_sparse
+from nmprune.train.settings import TrainRecipe
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class PruneResult:
         allocation: how mixed patterns were chosen; None where every linear has the same.
         permutations: channel space -> int64 (blocks, channels), old channel by new, of those that were reordered in memory;
             the masks belong to the new order. With `out` they are in its permutation.safetensors.
+        learned_layers: how masks were learned decoder layer by decoder layer; empty for other methods.
     """
 
     masks: dict[str, Tensor]
@@ -60,11 +67,12 @@ class PruneResult:
     out: Path | None = None
     allocation: AllocationResult | None = None
     permutations: dict[str, Tensor] = field(default_factory=dict)
+    learned_layers: tuple[LearnedLayerResult, ...] = ()
 
 
 def prune(
     model: str | Path | PreTrainedModel,
-    method: str | PerLinear = "wanda",
+    method: str | Mapping[str, Any] | Method = "wanda",
     pattern: str | Pattern = "2:4",
     calibration: str | Path | Tensor = "builtin",
     out: str | Path | None = None,
@@ -81,6 +89,7 @@ def prune(
     polish: bool | Polish = False,
     reconstruct: bool | Reconstruct = False,
     loss_aware: bool | LossAware = False,
+    train: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     allow_sparse: bool = False,
     machine: Machine | None = None,
@@ -94,7 +103,8 @@ def prune(
 
     Args:
         model: what to prune.
-        method: a name of `nmprune list`, or a method object with its hyper-parameters set.
+        method: a name of `nmprune list`, a method object with its hyper-parameters set, or both as a recipe has them, such as
+            {"name": "maskllm", "preset": "best"}.
         pattern: "2:4" keeps 2 of every 4 weights.
         calibration: a text source (builtin, wikitext2, c4, hf:DATASET, a file), or token ids int64 (n_sequences, seq_len).
         out: the run folder; needed unless the model is in memory.
@@ -112,6 +122,7 @@ def prune(
         polish: lower the output error of the method's mask by descent; True, or a `Polish` with its settings.
         reconstruct: find better weights on the mask; True, or a `Reconstruct` with its settings.
         loss_aware: tokens count by what the loss feels of a linear's outputs; True, or a `LossAware` with its settings.
+        train: how a method that learns the whole model is to do it: steps, batch_size, loss and so on (see `TrainRecipe`).
         dtype: compute dtype; "auto" is fp32 on a CPU and the checkpoint's elsewhere. Without `out`, a model in memory keeps
             its own.
         allow_sparse: take a model that is sparse already.
@@ -126,7 +137,7 @@ def prune(
     in_memory = model if isinstance(model, PreTrainedModel) else None
     recipe = _recipe(
         "a model in memory" if in_memory is not None else str(model),
-        create(method) if isinstance(method, str) else method,
+        method,
         Pattern.parse(pattern) if isinstance(pattern, str) else pattern,
         (exclude,) if isinstance(exclude, str) else tuple(exclude),
         {
@@ -139,6 +150,7 @@ def prune(
         },
         stream or {},
         allocate or {},
+        train or {},
         {
             "seed": seed,
             "dtype": dtype,
@@ -155,7 +167,9 @@ def prune(
                 "out is missing: a model that is not in memory is pruned into a run folder, such as out='runs/x'."
             )
         results = prune_run(recipe, Path(out), machine, ids, report)
-        return PruneResult({}, results.linears, results, Path(out), results.allocation)
+        return PruneResult(
+            {}, results.linears, results, Path(out), results.allocation, learned_layers=results.learned_layers
+        )
     needs_text = recipe.calibrated and ids is None
     if needs_text and tokenizer is None and not recipe.calibration.source.endswith(".safetensors"):
         raise InputError(
@@ -170,29 +184,40 @@ def prune(
     results = prune_run(recipe, place, machine, ids, report)
     finished = type(in_memory).from_pretrained(RunFolder(place).model, dtype=in_memory.dtype)
     in_memory.load_state_dict(finished.state_dict())
-    return PruneResult({}, results.linears, results, place, results.allocation)
+    return PruneResult({}, results.linears, results, place, results.allocation, learned_layers=results.learned_layers)
 
 
 def _recipe(
     model: str,
-    method: PerLinear,
+    method: str | Mapping[str, Any] | Method,
     pattern: Pattern,
     exclude: tuple[str, ...],
     calibration: Mapping[str, Any],
     stream: Mapping[str, Any],
     allocate: Mapping[str, Any],
+    train: Mapping[str, Any],
     rest: Mapping[str, Any],
 ) -> Recipe:
     """A recipe from the caller's arguments, checked as one from a file is."""
     faults: list[str] = []
-    sections = {
+    chosen, named = _chosen(method)
+    sections: dict[str, Any] = {
+        "train": train_of(chosen, named, train, partial(section, faults, "train", TrainRecipe)),
         "calibration": section(faults, "calibration", CalibrationRecipe, calibration),
         "stream": section(faults, "stream", StreamRecipe, stream),
         "allocate": section(faults, "allocate", AllocateRecipe, allocate),
     }
     if faults:
         raise InputError(" ".join(faults))
-    return Recipe(model=model, method=method, pattern=pattern, exclude=exclude, **sections, **rest)
+    return Recipe(model=model, method=chosen, pattern=pattern, exclude=exclude, **sections, **rest)
+
+
+def _chosen(method: str | Mapping[str, Any] | Method) -> tuple[Method, Mapping[str, Any]]:
+    """The method, and what was said of it: a preset may be named there."""
+    if isinstance(method, Method):
+        return method, {}
+    named: Mapping[str, Any] = {"name": method} if isinstance(method, str) else method
+    return create(str(named.get("name", "")), {key: one for key, one in named.items() if key != "name"}), named
 
 
 def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, base: Path) -> None:
@@ -279,30 +304,53 @@ def _prune_in_place(
     check_permute(recipe, decoder, selections)
     permutation = permute_model(recipe, machine, decoder, selections, windows, report)
     selections, allocation, _ = allocated(recipe, machine, decoder, selections, windows, report)
-    options = stream_options(recipe, machine)
+    walk = partial(_walk, decoder, machine, selections, report)
+    if isinstance(recipe.method, WholeModel):
+        assert windows is not None
+        layers = learn_in_memory(recipe, machine, decoder, selections, windows, report, walk)
+    else:
+        layers = walk(recipe, windows)
     masks: dict[str, Tensor] = {}
     linears: list[LinearResult] = []
+    learned: list[LearnedLayerResult] = []
+    for done in layers:
+        masks |= {one.name: one.pruned.mask for one in done.linears}
+        linears += done.records()
+        learned += [done.learned] if done.learned is not None else []
+    moved = permutation.permutations if permutation is not None else {}
+    return PruneResult(masks, tuple(linears), allocation=allocation, permutations=moved, learned_layers=tuple(learned))
+
+
+def _walk(
+    decoder: DecoderModel,
+    machine: Machine,
+    selections: Sequence[LayerSelection],
+    report: Report,
+    recipe: Recipe,
+    windows: Tensor | None,
+) -> Iterator[LayerDone]:
+    """Prune a model in place, layer by layer."""
     with ExitStack() as stack:
         place = tempfile.TemporaryDirectory(prefix="nmprune-gradients-", dir=machine.scratch)
         gradients = GradientFiles(Path(stack.enter_context(place)))
         if windows is not None:
             blocks = recipe.token_blocks
-            collect_gradients(gradients, decoder, windows, selections, recipe.pruner.needs, machine, report, blocks)
+            n_segments = recipe.stream.sum_segments
+            needs = recipe.pruner.needs
+            collect_gradients(gradients, decoder, windows, selections, needs, machine, report, blocks, n_segments)
         walk = prune_layers(
             decoder,
             windows,
             recipe.pruner,
             recipe.pattern,
             selections,
-            options,
+            stream_options(recipe, machine),
             scratch=machine.scratch,
             gradients=gradients.of_linear,
             token_weights=token_weights(gradients, recipe.loss_aware),
+            learning=learning_of(recipe, decoder, selections),
         )
         for step in stack.enter_context(closing(walk)):
             report(layer_progress(step, decoder.n_layers))
             if isinstance(step, LayerDone):
-                masks |= {one.name: one.pruned.mask for one in step.linears}
-                linears += step.records()
-    moved = permutation.permutations if permutation is not None else {}
-    return PruneResult(masks, tuple(linears), allocation=allocation, permutations=moved)
+                yield step

@@ -25,14 +25,17 @@ from torch import Tensor
 from nmprune import masks
 from nmprune.checkpoint.durable import atomic_file, flush_folder, writing
 from nmprune.checkpoint.permutation_file import PERMUTATION_FILE
+from nmprune.distributed import ALONE, Processes
 from nmprune.errors import InputError
 from nmprune.methods import Pruned
-from nmprune.results import LinearResult, Results
+from nmprune.methods.base import State
+from nmprune.results import LearnedLayerResult, LinearResult, Results
 from nmprune.run.recipe import Recipe
 from nmprune.stream import LayerDone, Restart
 
 # Hidden states are kept at most this often: a resume recomputes at most about this much forward work.
 HIDDEN_INTERVAL_SECONDS = 120.0
+_STATE = "state:"  # before the names of a learner's tensors
 
 
 class RunFolder:
@@ -53,9 +56,10 @@ class RunFolder:
         self.base = self.path / "base"
         self.results_file = self.path / "results.json"
         self.card = self.path / "README.md"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.learned_file = self.path / "learned.safetensors"
         self.progress = self.path / "progress"
         self.gradients = self.progress / "gradients"
-        self._hidden_file = self.progress / "hidden.safetensors"
         self._sessions_file = self.progress / "sessions.json"
         self.permute_seconds = self.progress / "permute_seconds"
         self._hidden_saved = time.monotonic()
@@ -112,6 +116,8 @@ class RunFolder:
             self.permutation_file,
             self.results_file,
             self.card,
+            self.metrics_file,
+            self.learned_file,
         )
         for left in (*(_partial(file) for file in ours), *self.progress.rglob("*.partial")):
             with writing(left, 0):
@@ -181,35 +187,64 @@ class RunFolder:
         """Where a finished layer is kept."""
         return self.progress / f"layer_{index:05d}.safetensors"
 
-    def save_layer(self, done: LayerDone) -> None:
-        """Keep a finished layer: masks bit-packed, moved weights as they will be stored, and the record."""
-        tensors = {}
-        for one in done.linears:
-            tensors[f"{one.name}:mask"] = masks.pack(one.pruned.mask.cpu())
-            if one.pruned.weight is not None:
-                tensors[f"{one.name}:weight"] = one.pruned.weight.cpu().contiguous()
-        record = {"linears": [dataclasses.asdict(one) for one in done.records()], "seconds": done.seconds}
-        write_tensors(self.layer_file(done.index), tensors, {"record": json.dumps(record)})
-        if done.hidden is not None and time.monotonic() - self._hidden_saved >= HIDDEN_INTERVAL_SECONDS:
+    def save_layer(self, done: LayerDone, processes: Processes = ALONE) -> None:
+        """Keep a finished layer: masks bit-packed, moved weights as they will be stored, and the record.
+
+        Process 0 writes it. Now and then each process keeps its share of the hidden states, all at the same layer.
+        """
+        if processes.is_main:
+            tensors = {}
+            for one in done.linears:
+                tensors[f"{one.name}:mask"] = masks.pack(one.pruned.mask.cpu())
+                if one.pruned.weight is not None:
+                    tensors[f"{one.name}:weight"] = one.pruned.weight.cpu().contiguous()
+            tensors |= {f"{_STATE}{name}": value.contiguous().clone() for name, value in (done.state or {}).items()}
+            record: dict[str, Any] = {
+                "linears": [dataclasses.asdict(one) for one in done.records()],
+                "seconds": done.seconds,
+            }
+            if done.learned is not None:
+                record["learned"] = dataclasses.asdict(done.learned)
+            write_tensors(self.layer_file(done.index), tensors, {"record": json.dumps(record)})
+        due = processes.tell(time.monotonic() - self._hidden_saved >= HIDDEN_INTERVAL_SECONDS)
+        if done.hidden is not None and due:
             kept = {"hidden": done.hidden}
             if done.dense_hidden is not None:
                 kept["dense"] = done.dense_hidden
-            write_tensors(self._hidden_file, kept, {"layer": str(done.index + 1)})
+            write_tensors(self._hidden_file(processes), kept, {"layer": str(done.index + 1)})
             self._hidden_saved = time.monotonic()
+
+    def _hidden_file(self, processes: Processes) -> Path:
+        """Where a process keeps its share of the hidden states; the shares of another number of processes are others."""
+        share = "" if processes.alone else f"_{processes.rank}_of_{processes.world_size}"
+        return self.progress / f"hidden{share}.safetensors"
 
     def layer(self, index: int) -> SavedLayer | None:
         """A finished layer of an interrupted run; None where it is not finished."""
         return SavedLayer(self.layer_file(index)) if self.layer_file(index).is_file() else None
 
-    def saved_hidden(self) -> Restart | None:
-        """A layer's input hidden states, where an interrupted run kept them and all layers before it."""
-        if not self._hidden_file.is_file():
+    def state_before(self, index: int) -> State | None:
+        """What the last finished layer before `index` carries on, for a method that learns layers; None where none does."""
+        files = sorted(file for file in self.progress.glob("layer_*.safetensors") if file < self.layer_file(index))
+        return next((state for file in reversed(files) if (state := SavedLayer(file).state())), None)
+
+    def saved_hidden(self, processes: Processes = ALONE) -> Restart | None:
+        """A layer's input hidden states, where an interrupted run kept them and all layers before it.
+
+        With several processes each has its own share, and there is a restart only where all shares are of one layer.
+        """
+        file = self._hidden_file(processes)
+        layer = -1
+        if file.is_file():
+            with open_tensors(file) as tensors:
+                layer = int(tensors.metadata()["layer"])
+        found = {layer for (layer,) in processes.gather_counts([layer])}
+        whole = len(found) == 1 and all(self.layer_file(index).is_file() for index in range(layer))
+        if layer < 0 or not processes.tell(whole):
             return None
-        with open_tensors(self._hidden_file) as file:
-            layer = int(file.metadata()["layer"])
-            whole = all(self.layer_file(index).is_file() for index in range(layer))
-            dense = file.get_tensor("dense") if "dense" in file.keys() else None  # noqa: SIM118  no mapping
-            return Restart(layer, file.get_tensor("hidden"), dense) if whole else None
+        with open_tensors(file) as tensors:
+            dense = tensors.get_tensor("dense") if "dense" in tensors.keys() else None  # noqa: SIM118  no mapping
+            return Restart(layer, tensors.get_tensor("hidden"), dense)
 
     def finish(self, results: Results) -> None:
         """Write results.json, then give the progress files' space back."""
@@ -256,6 +291,14 @@ class SavedLayer:
             raise InputError(f"{path} is damaged: it has no record. Delete it and run the command again.")
         self.linears = tuple(LinearResult(**{**one, "shape": tuple(one["shape"])}) for one in record["linears"])
         self.seconds: dict[str, float] = record["seconds"]
+        learned = record.get("learned")
+        self.learned = None if learned is None else LearnedLayerResult(**learned)
+
+    def state(self) -> State | None:
+        """What the layer's learner carries on; None for other methods, and for a layer without anything to prune."""
+        with open_tensors(self._path) as file:
+            names = [name for name in file.keys() if name.startswith(_STATE)]  # noqa: SIM118  no mapping
+            return {name.removeprefix(_STATE): file.get_tensor(name).clone() for name in names} or None
 
     def pruned(self) -> dict[str, Pruned]:
         """Linear name -> mask and moved weight."""

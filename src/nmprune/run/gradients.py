@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
+from nmprune.distributed import ALONE, Processes
 from nmprune.errors import InputError
 from nmprune.prepare.gradients import GradientStep, LayerGradients, layer_gradients
 from nmprune.run import folder
 from nmprune.run.loss_aware import LossAware
 from nmprune.run.machine import Machine
 from nmprune.run.progress import Progress, Report
+from nmprune.run.shared_run import wait_for
 from nmprune.stats import GRADIENTS, InputStats, Statistic
 from nmprune.stream import DecoderModel, LayerSelection
 
@@ -61,7 +63,7 @@ class GradientFiles:
         record = {"linears": linears, "seconds": done.seconds}
         self.path.mkdir(parents=True, exist_ok=True)
         folder.write_tensors(self.file(done.index), tensors, {"record": json.dumps(record)})
-        if time.monotonic() - self._hidden_saved >= folder.HIDDEN_INTERVAL_SECONDS:
+        if done.input_gradient is not None and time.monotonic() - self._hidden_saved >= folder.HIDDEN_INTERVAL_SECONDS:
             tensors = {"input_gradient": done.input_gradient}
             folder.write_tensors(self._hidden_file, tensors, {"layer": str(done.index)})
             self._hidden_saved = time.monotonic()
@@ -126,6 +128,8 @@ def collect_gradients(
     machine: Machine,
     report: Report,
     token_blocks: int = 0,
+    n_segments: int = 8,
+    processes: Processes = ALONE,
 ) -> None:
     """Put the gradients that a method needs into `files`, or what an interrupted pass left to do; nothing where it needs none.
 
@@ -138,12 +142,15 @@ def collect_gradients(
         machine: memory budget and scratch folder.
         report: called at every sign of life.
         token_blocks: blocks of output rows of loss-aware token weights; 0 = no such weights.
+        n_segments: see `layer_gradients`.
+        processes: those that share the run; process 0 writes. With several, an interrupted pass has its finished layers, and
+            runs through all of them once more.
 
     Raises:
         InputError: the loss is not finite, or the disk is full.
     """
     wanted = [index for index, one in enumerate(selections) if one.prune]
-    left = [index for index in wanted if not files.has(index)]
+    left = processes.tell([index for index in wanted if not files.has(index)])
     if not (needs & GRADIENTS or token_blocks) or not left:
         return
     text = f"gradients of {windows.shape[0]} sequences through {model.n_layers} decoder layers, last to first"
@@ -157,17 +164,23 @@ def collect_gradients(
         needs,
         token_blocks=token_blocks,
         hidden_budget=machine.hidden_budget,
-        finished=files.has,
-        restart=files.restart(left),
+        finished=lambda index: index not in left,
+        restart=files.restart(left) if processes.alone else None,
         scratch=machine.scratch,
+        n_segments=n_segments,
+        processes=processes,
     )
     for step in steps:
         if isinstance(step, GradientStep):
             report(Progress("gradients", step.done, step.total))
         else:
-            files.save(step)
+            if processes.is_main:
+                files.save(step)
             report(Progress("gradients", text=f"gradients of decoder layer {step.index + 1}: {step.seconds:.1f} s"))
         del step  # a layer's gradients must not stay while the next layer runs
+    processes.barrier()
+    for index in left:
+        wait_for(files.file(index), processes)
 
 
 def token_weights(files: GradientFiles, loss_aware: LossAware | None) -> Callable[[int], dict[str, Tensor]] | None:

@@ -28,15 +28,17 @@ class Machine:
         hidden_budget: bytes of hidden states kept in RAM; past it they live in a file.
         threads: CPU threads for forwards; 0 = torch's own choice (one per physical core).
         scratch: folder for hidden states past the budget; None = the system's temporary folder.
+        checkpoint_minutes: how often learning a whole model keeps a checkpoint.
     """
 
     device: str = "auto"
     hidden_budget: int = 8 << 30
     threads: int = 0
     scratch: Path | None = None
+    checkpoint_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("hidden_budget", "threads"):
+        for name in ("hidden_budget", "threads", "checkpoint_minutes"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 0 or more.")
 

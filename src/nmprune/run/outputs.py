@@ -26,13 +26,15 @@ from nmprune.checkpoint import (
 )
 from nmprune.checkpoint.permutation_file import read_permutation
 from nmprune.methods import Pruned
-from nmprune.results import AllocationResult, DenseResult, LinearResult, Results
+from nmprune.results import AllocationResult, DenseResult, LearnedLayerResult, LinearResult, Results
 from nmprune.run.description import self_description, words_of
 from nmprune.run.folder import RunFolder, SavedLayer
 from nmprune.run.gradients import GradientFiles
+from nmprune.run.learning_files import LearningFiles
 from nmprune.run.machine import PeakMemory
 from nmprune.run.progress import Progress, Report
 from nmprune.run.recipe import Recipe
+from nmprune.run.train_recipe import train_words
 from nmprune.stream import DecoderModel, LayerSelection
 from nmprune.stream.heap import give_back
 from nmprune.version import VERSION
@@ -183,7 +185,12 @@ class Outputs:
         """Name and every setting, those of token weights included."""
         pruner, loss_aware = self._recipe.pruner, self._recipe.loss_aware
         weighted = {} if loss_aware is None else {"loss_aware": asdict(loss_aware)}
-        return {"name": pruner.name, **pruner.hyper_parameters(), **weighted}
+        return {
+            "name": pruner.name,
+            **pruner.hyper_parameters(),
+            **weighted,
+            **train_words(self._recipe.method, self._recipe.train),
+        }
 
     def results(
         self, origin: dict[str, Any] | None, sessions: int, peak: PeakMemory, machine: dict[str, Any]
@@ -193,9 +200,11 @@ class Outputs:
         if self._allocation is not None:
             seconds["allocate"] = self._allocate_seconds
         linears: list[LinearResult] = []
+        learned: list[LearnedLayerResult] = []
         for index in range(len(self._selections)):
             saved = self._saved(index)
             linears += saved.linears
+            learned += [saved.learned] if saved.learned is not None else []
             for phase, value in saved.seconds.items():
                 seconds[phase] += value
         if self._recipe.gradient_pass:
@@ -229,4 +238,6 @@ class Outputs:
             dense=tuple(DenseResult(one.name, one.shape, one.reason) for one in self._dense),
             allocation=self._allocation,
             permutation=self._permutation.results if self._permutation is not None else (),
+            learned_layers=tuple(learned),
+            learning=LearningFiles(self._folder).result(),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 
 from nmprune.architectures import DenseLinear, Linear, starred
 from nmprune.checkpoint import DEMO_MODEL
+from nmprune.methods.base import WholeModel
+from nmprune.methods.magnitude import Magnitude
 from nmprune.prepare.layer_sums import n_token_blocks
+from nmprune.refine import LayerChain
 from nmprune.report.plan import Plan, RolePlan
 from nmprune.run import rehearsal
 from nmprune.run.allocate import select_fitting
@@ -22,12 +26,16 @@ from nmprune.run.machine import Machine
 from nmprune.run.permute import check_permute
 from nmprune.run.plan_allocation import NOTE, AllocationSizes
 from nmprune.run.plan_gradients import GradientSizes
+from nmprune.run.plan_layer_learning import LayerLearningSizes
+from nmprune.run.plan_learning import prior_recipe, with_learning
 from nmprune.run.plan_permute import PermuteSizes
 from nmprune.run.probe import Rates, measure, signature
+from nmprune.run.pruner import solver_of
 from nmprune.run.recipe import Recipe
-from nmprune.stats import GRADIENTS
+from nmprune.stats import GRADIENTS, gram_block_shapes
 from nmprune.stream import DecoderModel, DTypeName, LayerSelection, default_batch_size
 from nmprune.stream.selection import stage_of
+from nmprune.train.settings import TrainRecipe
 
 _HEADROOM = 0.9  # share of a device's memory that a plan counts on: the allocator and the context need the rest
 # Measured with small models (benchmarks/plan_accuracy.py): library code that a run touches for the first time, and what
@@ -56,19 +64,15 @@ def plan(
         InputError: the recipe cannot be run: unknown model, linears that do not take the pattern, and so on.
     """
     machine = machine or Machine()
+    if isinstance(recipe.method, WholeModel):
+        return _learning(recipe, machine, out, device_memory, timed)
     device = torch.device("cpu") if device_memory else machine.resolve()
     dtype: DTypeName = recipe.dtype  # type: ignore[assignment]
     if device_memory and dtype == "auto":
         dtype = "bfloat16"
     machine.set_threads()
     folder = find_config(recipe.model)
-    model = DecoderModel.from_config(
-        folder,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=recipe.trust_remote_code,
-        allow_sparse=recipe.allow_sparse,
-    )
+    model = _described(recipe, folder, device, dtype)
     selections = select_fitting(model, recipe)
     sizes = _Sizes(recipe, machine, model, selections)
     on_accelerator = device_memory is not None or device.type != "cpu"
@@ -79,7 +83,7 @@ def plan(
     seconds = None
     if timed and device_memory is None:
         nearest = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
-        rates = measure(model, recipe.pruner, recipe.pattern, sizes.batch, nearest, recipe.token_blocks)
+        rates = measure(model, sizes.solver, recipe.pattern, sizes.batch, nearest, recipe.token_blocks)
         seconds = sizes.seconds(rates)
         if sizes.allocation is not None:
             stored = sizes.parameters * sizes.stored_size
@@ -111,6 +115,29 @@ def plan(
     )
 
 
+def _described(recipe: Recipe, folder: Path, device: torch.device, dtype: DTypeName) -> DecoderModel:
+    return DecoderModel.from_config(
+        folder,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=recipe.trust_remote_code,
+        allow_sparse=recipe.allow_sparse,
+    )
+
+
+def _learning(recipe: Recipe, machine: Machine, out: Path, device_memory: int | None, timed: bool) -> Plan:
+    """The plan of a method that learns the whole model: of its prior, and of learning."""
+    first = prior_recipe(recipe) or replace(recipe, method=Magnitude(), train=TrainRecipe())
+    prior = plan(first, machine, out=out, device_memory=device_memory, timed=timed)
+    device = torch.device("cpu") if device_memory else machine.resolve()
+    dtype: DTypeName = recipe.dtype  # type: ignore[assignment]
+    if device_memory and dtype == "auto":
+        dtype = "bfloat16"
+    model = _described(recipe, find_config(recipe.model), device, dtype)
+    on_accelerator = device_memory is not None or device.type != "cpu"
+    return with_learning(prior, recipe, model, select_fitting(model, recipe), on_accelerator, timed)
+
+
 def _limit(device: torch.device, device_memory: int | None) -> int:
     """Bytes that may be used: of the device asked about, of the accelerator here, or of this machine."""
     if device_memory is not None:
@@ -138,7 +165,11 @@ class _Sizes:
         self.stored_size = _stored_size(model)
         config = model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
-        self.streams = 2 if "cross_gram" in recipe.pruner.needs else 1  # the pruned model; the dense one beside it
+        self.solver = solver_of(recipe.pruner)
+        learner = LayerLearningSizes(recipe, model, selections) if isinstance(recipe.pruner, LayerChain) else None
+        self.learner = learner
+        # the pruned model; the dense one beside it; the targets of what is learned
+        self.streams = 1 + recipe.pruner.follows_dense + (learner is not None)
         self.hidden_bytes = self.streams * n_sequences * seq_len * self.hidden_size * self.compute_size
         self.layer_weights = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
         outside = sum(tensor.numel() for name, tensor in state.items() if not name.startswith(model.family.layers))
@@ -171,6 +202,11 @@ class _Sizes:
     @property
     def calibrated(self) -> bool:
         """Whether the stream makes forwards at all; gradients come from a pass before it."""
+        return self.recipe.pruner.runs_layers
+
+    @property
+    def observes(self) -> bool:
+        """Whether the stream adds up statistics: a learner's layers may run without."""
         return bool(self.recipe.pruner.needs - GRADIENTS)
 
     @property
@@ -194,14 +230,14 @@ class _Sizes:
             return n_layers
         stages = [len({stage_of(one) for one in selection.prune}) for selection in self.selections]
         observing = sum(stages) if self.recipe.stream.true_sequential else n_layers
-        return observing + n_layers - 1 + (self.streams - 1) * n_layers
+        return observing + n_layers - 1 + self.recipe.pruner.follows_dense * n_layers
 
     @property
     def rehearsable(self) -> bool:
         """Whether two decoder layers can be walked in about a minute."""
-        method = self.recipe.pruner
+        method = self.solver
         flops = max(sum(method.solver_flops(*one.shape) for one in selection.prune) for selection in self.selections)
-        return rehearsal.affordable(max(self.layer_weights), flops)
+        return rehearsal.affordable(max(self.layer_weights), flops, learns=self.learner is not None)
 
     def memory(self, on_accelerator: bool, rehearsed: int | None) -> dict[str, dict[str, int]]:
         """Stage -> part -> bytes: on the accelerator, or of the process.
@@ -264,7 +300,7 @@ class _Sizes:
         linears = self.selections[worst].prune
         tokens = self.batch[0] * self.batch[1]
         parts = {"decoder layer": self.layer_weights[worst] * self.compute_size}
-        method = self.recipe.pruner
+        method = self.solver
         solving = max(
             (4 * math.prod(one.shape) + method.solver_bytes(*one.shape) for one in linears),
             default=0,
@@ -276,6 +312,8 @@ class _Sizes:
             parts["hidden states"] = self._hidden_in_memory()
         parts |= {"statistics": self._statistics(linears), **self._token_weights()}
         forward = tokens * _activation_width(linears, self.hidden_size) * self.compute_size
+        if self.learner is not None:
+            parts |= self.learner.memory(linears, tokens)
         parts["batch in the forward, or solver"] = max(forward, solving + results)
         return parts
 
@@ -299,9 +337,16 @@ class _Sizes:
 
     def _of_width(self, width: int) -> int:
         needs = self.recipe.pruner.needs
-        vectors = len(needs & {"input_sq_norm", "input_sum"})
+        vectors = 8 * width * len(needs & {"input_sq_norm", "input_sum"})
         parts = 2 if "held_out_gram" in needs else 1
-        return 4 * parts * len(needs & {"input_gram", "cross_gram"}) * width * width + 8 * width * vectors
+        matrices = len(needs & {"input_gram", "cross_gram"})
+        # while tokens are added up: blocks of a Gram matrix on and above the diagonal, of the sum so far and of a segment;
+        # what is held out is one segment
+        half = 4 * sum(map(math.prod, gram_block_shapes(width))) if "input_gram" in needs else 0
+        whole = 4 * width * width if "cross_gram" in needs else 0
+        more = 2 if self.recipe.stream.sum_segments > 1 else 1
+        adding = (parts - 1 + more) * (half + whole + vectors)
+        return max(4 * parts * matrices * width * width + vectors, adding)
 
     def observed(self, selection: LayerSelection, weighted: bool = False) -> list[tuple[int, float]]:
         """(in_features, share of the tokens that it sees) of every shared input, or of all statistics of the stream where
@@ -340,6 +385,7 @@ class _Sizes:
             "progress (given back)": self.in_linears // 8 + moved + hidden,
             **({"hidden states past the budget (given back)": scratch} if scratch else {}),
             **(self.gradients.disk() if self.gradients is not None else {}),
+            **(self.learner.disk() if self.learner is not None else {}),
             "masks": self.in_linears // 8,
             "model": self.parameters * self.stored_size,
         }
@@ -352,7 +398,7 @@ class _Sizes:
             if self.calibrated:
                 passes = self.passes / self.model.n_layers
                 seconds["forward"] += passes * n_batches * rates.layer_seconds[signature(self.model.layers[index])]
-                for width, share in self.observed(selection, weighted=True):
+                for width, share in self.observed(selection, weighted=True) if self.observes else ():
                     seconds["statistics"] += n_batches * share * rates.statistics_seconds[width]
             seen: set[str] = set()
             for one in selection.prune:
@@ -364,6 +410,8 @@ class _Sizes:
         stored = self.parameters * self.stored_size
         if self.gradients is not None:
             seconds["gradients"] = self.gradients.seconds(rates, stored)
+        if self.learner is not None:
+            seconds["learn"] = self.learner.seconds(rates.layer_seconds, self.batch[0])
         seconds["read"] = 2 * stored * rates.read_seconds
         moved = self.disk()["model"] + self.in_linears * (self.stored_size if self.recipe.pruner.updates_weights else 0)
         seconds["write"] = moved * rates.write_seconds
@@ -401,7 +449,7 @@ def _dense(dense: Sequence[DenseLinear]) -> tuple[tuple[str, int, str], ...]:
 
 
 def _notes(recipe: Recipe, sizes: _Sizes, machine: Machine, measured: bool) -> tuple[str, ...]:
-    notes = []
+    notes = [] if sizes.learner is None else sizes.learner.notes()
     if recipe.choices:
         notes.append(NOTE)
     if not measured:

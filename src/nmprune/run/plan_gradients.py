@@ -66,7 +66,7 @@ class GradientSizes:
         return in_memory, n_stores - in_memory
 
     def sums_of(self, linears: Sequence[Linear]) -> int:
-        """Bytes of the gradient sums of some linears."""
+        """Bytes of the gradient sums of some linears, as they are kept."""
         return 4 * len(self.needs & GRADIENTS) * sum(math.prod(one.shape) for one in linears)
 
     def token_weights_of(self, linears: Sequence[Linear]) -> int:
@@ -90,7 +90,7 @@ class GradientSizes:
         largest = max((math.prod(one.shape) for one in worst.prune), default=0)
         logits = self.shape[1] * self.vocabulary * 4
         found = {
-            "gradient sums": self.sums_of(worst.prune),
+            "gradient sums, and those of a segment": 2 * self.sums_of(worst.prune),
             "token weights": self.token_weights_of(worst.prune),
             "one gradient": largest * (size + 4) if self.needs & GRADIENTS else 0,
         }

@@ -95,8 +95,8 @@ def measure(
             gradient_seconds = {
                 kind: _there_and_back(model, index, calls, gradients, token_blocks) for kind, index in kinds.items()
             }
-        head_seconds = _head(model, calls.hidden)
-    if method.needs - GRADIENTS:
+        head_seconds = head_seconds_of(model, calls.hidden)
+    if method.runs_layers:
         with torch.no_grad(), observable_experts(model.config):
             calls = random_calls(model, batch)
             layer_seconds = {kind: _layer(model, index, calls) for kind, index in kinds.items()}
@@ -159,7 +159,7 @@ def _there_and_back(
     return there, back
 
 
-def _head(model: DecoderModel, hidden: Tensor) -> float:
+def head_seconds_of(model: DecoderModel, hidden: Tensor) -> float:
     """Seconds of the loss of one sequence and its gradient, told from a part of the vocabulary."""
     vocabulary: int = model.config.get_text_config().vocab_size
     probed = min(vocabulary, _LARGEST_PROBED_VOCABULARY)

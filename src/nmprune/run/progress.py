@@ -13,8 +13,12 @@ Stage = Literal[
     "permute",  # channels are reordered; counts decoder layers, twice where they are read again to judge
     "gradients",  # the loss is differentiated; counts forwards of a decoder layer over one sequence
     "layers",  # decoder layers are pruned; counts them
+    "learn",  # masks are learned through the whole model; counts steps
     "masks",  # the mask file is written
     "model",  # the model is written; counts bytes
+    "finetune",  # kept weights are trained; counts steps
+    "analyze",  # a run's linears are looked at; counts decoder layers
+    "regenerate",  # a run's network makes its masks again; counts decoder layers
     "verify",  # tensors are compared; counts bytes
     "dense",  # a run's dense model is measured; counts windows times layers
     "pruned",  # a run's pruned model is measured, likewise
@@ -32,12 +36,14 @@ class Progress:
         done: parts finished, counted as the stage says; a layer in work is a fraction.
         total: of them; 0 where there is nothing to count.
         text: a line for a log, where something worth one happened; else empty.
+        live: what a learner says of itself now, in a few words; a log needs it once in a while only.
     """
 
     stage: Stage
     done: float = 0
     total: float = 0
     text: str = ""
+    live: str = ""
 
 
 Report = Callable[[Progress], None]

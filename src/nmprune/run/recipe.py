@@ -6,20 +6,26 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nmprune.errors import InputError, near_matches
-from nmprune.methods import PerLinear, create, find
+from nmprune.methods import Method, create, find
+from nmprune.methods.base import WholeModel
 from nmprune.pattern import Pattern
 from nmprune.prepare.choices import Choice
-from nmprune.refine import Chain, Polish, Reconstruct
+from nmprune.refine import Polish, Reconstruct
 from nmprune.run.allocate_recipe import NOT_MIXED, AllocateRecipe
 from nmprune.run.loss_aware import LossAware
 from nmprune.run.permute_recipe import kinds_of, permute_faults
+from nmprune.run.pruner import learner_faults, pruner_of
+from nmprune.run.train_recipe import train_faults, train_of, train_words
 from nmprune.stats import GRADIENTS
+from nmprune.train.finetune_settings import FinetuneRecipe
+from nmprune.train.settings import TrainRecipe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROPAGATE = ("pruned", "dense")
@@ -54,6 +60,9 @@ class StreamRecipe:
     min_expert_tokens: int = _option(
         32, "an expert that saw fewer tokens is pruned by magnitude, and the record says so"
     )
+    sum_segments: int = _option(
+        8, "statistics are added up over so many segments of the text: as many processes can share the run"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Recipe:
     """
 
     model: str
-    method: PerLinear
+    method: Method
     pattern: Pattern
     exclude: tuple[str, ...] = ()
     calibration: CalibrationRecipe = CalibrationRecipe()
@@ -81,13 +90,13 @@ class Recipe:
     polish: Polish | None = None
     reconstruct: Reconstruct | None = None
     loss_aware: LossAware | None = None
+    finetune: FinetuneRecipe | None = None
+    train: TrainRecipe = field(default_factory=TrainRecipe)
 
     @property
-    def pruner(self) -> PerLinear:
+    def pruner(self) -> Method:
         """The method, and what follows it."""
-        if self.polish is None and self.reconstruct is None:
-            return self.method
-        return Chain(self.method, self.polish, self.reconstruct)
+        return pruner_of(self.method, self.polish, self.reconstruct)
 
     @property
     def gradient_pass(self) -> bool:
@@ -130,7 +139,8 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether calibration tokens are needed: by the method, or to allocate patterns."""
-        return bool(self.pruner.needs or self.choices)
+        whole = isinstance(self.method, WholeModel)
+        return bool(self.pruner.needs or self.pruner.runs_layers or self.choices or whole)
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -152,6 +162,8 @@ class Recipe:
             "allocate": {**dataclasses.asdict(self.allocate), "patterns": list(self.allocate.patterns)},
             "permute": list(self.permute),
             **{key: None if (one := getattr(self, key)) is None else dataclasses.asdict(one) for key in OPTIONAL},
+            **train_words(self.method, self.train),
+            **({} if self.finetune is None else {"finetune": self.finetune.to_dict()}),
         }
 
     def to_yaml(self) -> str:
@@ -179,6 +191,10 @@ class Recipe:
             values[key] = section(faults, key, type(defaults[key]), raw.get(key) or {})
         for key, step in OPTIONAL.items():
             values[key] = _optional(faults, key, step, raw.get(key))
+        values["train"] = train_of(
+            values["method"], raw.get("method"), raw.get("train"), partial(section, faults, "train", TrainRecipe)
+        )
+        values["finetune"] = _optional(faults, "finetune", FinetuneRecipe, raw.get("finetune"))
         values |= {
             key: _collect(faults, lambda key=key: _typed(key, raw.get(key, defaults[key]), defaults[key]))
             for key in ("seed", "dtype", "trust_remote_code", "allow_sparse")
@@ -206,7 +222,8 @@ class Recipe:
 
 
 def with_settings(raw: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """`raw` with "a.b=value" settings put in; "method=wanda" names the method and drops another one's settings.
+    """`raw` with "a.b=value" settings put in; "method=wanda" names the method and drops another one's settings,
+    and so does "method.preset=best" with those that were given before it.
 
     Raises:
         InputError: a setting without "=".
@@ -220,6 +237,8 @@ def with_settings(raw: Mapping[str, Any], settings: Sequence[str]) -> dict[str, 
         if not key:
             kept = head in OPTIONAL and value.lower() == "true" and isinstance(result.get(head), Mapping)
             result[head] = result[head] if kept else value  # a step that is there keeps its settings
+            if head == "method":
+                result.pop("train", None)  # what another method started it from
             continue
         current = result.get(head) or {}
         if head in OPTIONAL and not isinstance(current, Mapping):  # "true", as of --reconstruct, or an absent step
@@ -228,6 +247,9 @@ def with_settings(raw: Mapping[str, Any], settings: Sequence[str]) -> dict[str, 
             current = {"name": current}
         if not isinstance(current, Mapping):
             raise InputError(f"--set {setting!r}: {head} is {current!r} and has no keys. Write {head}=VALUE.")
+        if (head, key) == ("method", "preset"):  # it stands for all settings; those that follow it are on top
+            current = {"name": current.get("name")}
+            result.pop("train", None)
         result[head] = {**current, key: value}
     return result
 
@@ -274,12 +296,15 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     if stream.true_sequential and stream.propagate == "dense":
         faults.append("stream.true_sequential observes pruned inputs inside a layer: it needs stream.propagate pruned.")
     faults += _step_faults(values)
+    faults += train_faults(values, calibration.n_held_out or max(1, calibration.n_sequences // 16))
+    faults += [] if values["finetune"] is None else [f"finetune.{fault}" for fault in values["finetune"].faults()]
     numbers = (
         ("calibration.n_sequences", calibration.n_sequences, 1),
         ("calibration.seq_len", calibration.seq_len, 2),
         ("calibration.n_held_out", calibration.n_held_out, 0),
         ("stream.batch_size", stream.batch_size, 0),
         ("stream.min_expert_tokens", stream.min_expert_tokens, 0),
+        ("stream.sum_segments", stream.sum_segments, 1),
         ("seed", values["seed"], 0),
     )
     words = (("dtype", values["dtype"], DTYPES), ("stream.propagate", stream.propagate, PROPAGATE))
@@ -302,11 +327,11 @@ def _step_faults(values: Mapping[str, Any]) -> list[str]:
     if method is None:
         return []
     try:
-        pruner = Chain(method, values["polish"], values["reconstruct"])
+        pruner = pruner_of(method, values["polish"], values["reconstruct"])
     except InputError as error:
         return [str(error)]
-    faults = []
-    if "cross_gram" in pruner.needs and (stream.propagate == "dense" or stream.true_sequential):
+    faults = learner_faults(pruner, values)
+    if pruner.follows_dense and (stream.propagate == "dense" or stream.true_sequential):
         faults.append(
             f"{pruner.name} compares with the dense model's outputs, which needs stream.propagate pruned and no "
             "stream.true_sequential. Set its target to 0 to do without."
@@ -340,7 +365,7 @@ def _exclude(raw: Any) -> tuple[str, ...]:
     return tuple(raw)
 
 
-def _method(faults: list[str], raw: Any) -> PerLinear | None:
+def _method(faults: list[str], raw: Any) -> Method | None:
     if not raw:
         faults.append("method is missing: name one of `nmprune list`.")
         return None
@@ -351,10 +376,15 @@ def _method(faults: list[str], raw: Any) -> PerLinear | None:
         return None
     if _collect(faults, lambda: find(name)) is None:
         return None
+    try:
+        return create(name, settings)  # together: a value may need another one beside it
+    except InputError as error:
+        whole = str(error)
     before = len(faults)
     for key, value in settings.items():  # one at a time, so that each fault is found
         _collect(faults, lambda key=key, value=value: create(name, {key: value}))
-    return create(name, settings) if len(faults) == before else None
+    faults += [whole] if len(faults) == before else []
+    return None
 
 
 def _typed(name: str, given: Any, default: Any) -> Any:

@@ -19,6 +19,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from nmprune import masks
 from nmprune.errors import InputError
 from nmprune.prepare.layer_sums import n_token_blocks
 from nmprune.prepare.unit_errors import measure_layers
@@ -32,10 +33,13 @@ from nmprune.stream import DecoderModel, LayerDone, LayerSelection, prune_layers
 from nmprune.stream.calls import LayerCalls
 from nmprune.stream.heap import give_back
 from nmprune.stream.hidden_states import HiddenStates
+from nmprune.stream.per_layer import Learning
 
 N_LAYERS = 3
 N_BATCHES = 4
 _MOST_WEIGHTS = 300_000_000  # of a decoder layer
+_MOST_LEARNED = 20_000_000  # likewise, where it is learned
+_LEARNED_STEPS = 2  # after that a learner needs no more than before
 _MOST_FLOPS = 5e11  # of a decoder layer's solvers: about half a minute on two cores
 
 
@@ -76,14 +80,15 @@ class _Rehearsed(DecoderModel):
         return hidden, calls
 
 
-def affordable(weights: int, solver_flops: float) -> bool:
-    """Whether three such decoder layers can be rehearsed in about a minute.
+def affordable(weights: int, solver_flops: float, learns: bool = False) -> bool:
+    """Whether three such decoder layers, or two steps of a learner in the first, can be rehearsed in about a minute.
 
     Args:
         weights: of the largest decoder layer.
         solver_flops: of its linears together.
+        learns: whether a learner works on the layer as a whole.
     """
-    return weights <= _MOST_WEIGHTS and solver_flops <= _MOST_FLOPS
+    return weights <= (_MOST_LEARNED if learns else _MOST_WEIGHTS) and solver_flops <= _MOST_FLOPS
 
 
 def layer_peak(folder: Path, recipe: Recipe, machine: Machine, batch: tuple[int, int]) -> int | None:
@@ -144,9 +149,13 @@ def _walk(folder: Path, recipe: Recipe, machine: Machine, batch: tuple[int, int]
                 options,
                 gradients=_gradients_of(selections),
                 token_weights=_token_weights_of(selections, recipe.token_blocks, windows),
+                learning=_learning_of(recipe, selections),
             ):
                 if isinstance(step, LayerDone):
                     run.save_layer(step)
+                elif step.learned is not None and step.learned.step >= _LEARNED_STEPS:
+                    step.learned.snapshot()
+                    break
                 del step
         except InputError:
             return None  # random weights can be singular where real ones are not
@@ -163,6 +172,16 @@ def _gradients_of(selections: Sequence[LayerSelection]) -> Callable[[int, str], 
         return InputStats(1, weight_grad_abs=absolute, weight_grad_sq=square, n_grad_sequences=1)
 
     return of_linear
+
+
+def _learning_of(recipe: Recipe, selections: Sequence[LayerSelection]) -> Learning:
+    """Any masks in place of those of a prior's file."""
+
+    def masks_of(index: int) -> dict[str, Tensor]:
+        ones = {linear.name: torch.ones(linear.shape) for linear in selections[index].prune}
+        return {name: masks.from_scores(one, recipe.pattern) for name, one in ones.items()}
+
+    return Learning(recipe.seed, masks_of)
 
 
 def _token_weights_of(

@@ -22,6 +22,7 @@ from nmprune.run.folder import RunFolder
 from nmprune.run.permuted_base import permutation_faults, permuted_base
 from nmprune.run.progress import Progress, Report, silent
 from nmprune.run.recipe import Recipe
+from nmprune.run.verify_finetuned import finetune_faults, may_change, parent_words
 
 _T = TypeVar("_T")
 
@@ -35,12 +36,18 @@ class Verdict:
         base: the dense model's folder.
         faults: what is wrong with the run as a whole: files that cannot be read or contradict each other.
         report: the comparison tensor by tensor; None where masks or model cannot be read.
+        parent: of a finetuned run, what its masks were compared with; else empty.
+        dense: linears that stayed dense.
+        beside: of a finetuned run, tensors without a mask that were trained; they need only be finite.
     """
 
     run: str
     base: str
     faults: tuple[str, ...]
     report: VerifyReport | None
+    parent: str = ""
+    dense: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -75,6 +82,9 @@ def verify_run(out: Path, base: str | None = None, report: Report = silent) -> V
     if masks is None or pruned is None or as_pruned is None:
         return Verdict(str(out), str(dense.folder), tuple(faults), None)
     faults += _contradictions(folder, recipe, results, masks, pruned, fingerprint)
+    beside = may_change(recipe, dense, masks)
+    faults += finetune_faults(folder, recipe, results, pruned.config.get("nmprune"), beside)
+    moves = recipe.pruner.updates_weights or recipe.finetune is not None
     done = 0
 
     def compared(n_bytes: int) -> None:
@@ -83,10 +93,13 @@ def verify_run(out: Path, base: str | None = None, report: Report = silent) -> V
         report(Progress("verify", done, dense.nbytes))
 
     try:
-        found = verify(as_pruned, pruned, masks, recipe.pruner.updates_weights, on_progress=compared)
+        found = verify(as_pruned, pruned, masks, moves, beside, compared)
     except InputError as error:  # a file that changes or breaks while it is read
         return Verdict(str(out), str(dense.folder), (*faults, str(error)), None)
-    return Verdict(str(out), str(dense.folder), tuple(faults), found)
+    names = tuple(one.name for one in results.dense)
+    return Verdict(
+        str(out), str(dense.folder), tuple(faults), found, parent_words(recipe), names, tuple(sorted(beside))
+    )
 
 
 def _or_fault(faults: list[str], make: Callable[[], _T]) -> _T | None:

@@ -28,7 +28,7 @@ class LayerCalls:
     hidden: Tensor
     arguments: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
 
-    def run(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, index: int, layer: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The output of decoder layer `index`, (batch, seq_len, hidden)."""
         args, kwargs = self.arguments[index]
         output = layer(hidden, *args, **kwargs)

@@ -67,6 +67,10 @@ class HiddenStates:
         """A batch on the compute device."""
         return self.all[batch].to(self._device)
 
+    def rows(self, sequences: Tensor) -> Tensor:
+        """Any sequences by their numbers, int64 (B,) on the CPU, on the compute device."""
+        return self.all[sequences].to(self._device)
+
     def put(self, batch: slice, hidden: Tensor) -> None:
         """Overwrite a batch."""
         self.all[batch] = hidden

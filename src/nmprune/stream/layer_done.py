@@ -9,9 +9,9 @@ from torch import Tensor
 
 from nmprune import masks
 from nmprune.architectures.linears import DenseLinear
-from nmprune.methods.base import Pruned
+from nmprune.methods.base import LearnStep, Pruned, State
 from nmprune.pattern import Pattern
-from nmprune.results import LinearResult
+from nmprune.results import LearnedLayerResult, LinearResult
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class StreamOptions:
         hidden_budget: bytes of hidden states kept in RAM; beyond it they live in a disk-backed file.
         min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude, and the record says so.
         n_held_out: the last so many calibration sequences are held out, where the method asks for such statistics.
+        sum_segments: statistics are added up over so many segments of the sequences, and the segments' sums in order: as
+            many processes can share the run, and find the same.
     """
 
     propagate: Literal["pruned", "dense"] = "pruned"
@@ -33,6 +35,7 @@ class StreamOptions:
     hidden_budget: int = 8 << 30
     min_expert_tokens: int = 32
     n_held_out: int = 0
+    sum_segments: int = 8
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,17 @@ class LayerStep:
 
     Attributes:
         index: 0-based number of the decoder layer.
-        phase: "observe", "solve" or "forward".
+        phase: "observe", "solve", "learn" or "forward".
         done: parts of the layer's work finished; `total` of them make the layer.
-        total: batches and linears of the layer, all phases together.
+        total: batches and linears of the layer, all phases together; learning counts nine times as much as the rest.
+        learned: what the learner said, where it was one that gave the sign. Its snapshot can be taken until the walk goes on.
     """
 
     index: int
     phase: str
     done: int
     total: int
+    learned: LearnStep | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,8 @@ class LayerDone:
         hidden: (n_sequences, seq_len, hidden) inputs of the next layer, for a run folder that keeps them; None after the
             last layer and where no forward was needed. Valid until the generator goes on.
         dense_hidden: the same in the dense model, where the method compares with it.
+        learned: what learning came to, for a method that learns layers; None where the layer was taken over.
+        state: what such a method carries to the next layer; None likewise.
     """
 
     index: int
@@ -116,6 +123,8 @@ class LayerDone:
     reused: bool = False
     hidden: Tensor | None = None
     dense_hidden: Tensor | None = None
+    learned: LearnedLayerResult | None = None
+    state: State | None = None
 
     def records(self) -> tuple[LinearResult, ...]:
         """What results.json keeps of each linear."""

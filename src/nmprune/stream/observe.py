@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from nmprune.architectures import Family, ModuleLinear
+from nmprune.distributed import ALONE, Processes
 from nmprune.stats import InputStats, Statistic, StatsAccumulator
 from nmprune.stream.experts import observed
+from nmprune.stream.shares import Turn, close_turn
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class LayerObserver:
         device: where the sums live.
         weighted: shared input -> key -> (n_sequences, seq_len), what each token counts: such a shared input gets sums
             under each of these keys instead of one under its own name.
+        goes_to: key -> the processes that get its total; None = all get all.
+        processes: those that observe the layer together.
 
     Attributes:
         seconds: time spent adding up, inside the forwards.
@@ -53,6 +57,8 @@ class LayerObserver:
         needs: frozenset[Statistic],
         device: torch.device,
         weighted: Mapping[str, Mapping[str, Tensor]] | None = None,
+        goes_to: Mapping[str, Sequence[int]] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self._layer = layer
         self._family = family
@@ -60,15 +66,30 @@ class LayerObserver:
         self._sums: dict[str, list[_Sum]] = {}
         for shared_input, linear in self._first.items():
             keys: Mapping[str, Tensor | None] = (weighted or {}).get(shared_input) or {shared_input: None}
+            # the dense model routes other tokens to an expert: there is nothing to compare with
+            own_needs = needs if linear.view.expert is None else needs - {"cross_gram"}
             self._sums[shared_input] = [
-                _Sum(key, StatsAccumulator(linear.shape[1], needs, device), weights) for key, weights in keys.items()
+                _Sum(key, StatsAccumulator(linear.shape[1], own_needs, device), weights)
+                for key, weights in keys.items()
             ]
+        self._processes = processes
+        everyone = range(processes.world_size)
+        self._goes_to = {key: everyone if goes_to is None else goes_to[key] for key in self._keys()}
         self._device = device
         self._recording = False
         self._dense: dict[str, Tensor] = {}
         self.seconds = 0.0
         self.batch = slice(None)
         self.held_out = False
+
+    def _keys(self) -> list[str]:
+        return [one.key for sums in self._sums.values() for one in sums]
+
+    def close_turn(self, turn: Turn) -> None:
+        """Put together what the processes have added up in a turn."""
+        every = [one for sums in self._sums.values() for one in sums]
+        parts = [(part, self._goes_to[one.key]) for one in every for part in one.sums.parts]
+        close_turn(parts, turn, self._processes)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -123,8 +144,13 @@ class LayerObserver:
             self.seconds += time.perf_counter() - start
 
     def results(self) -> dict[str, InputStats]:
-        """Statistics by shared input, or by key where tokens are weighted. Call it once."""
-        results = {one.key: one.sums.result() for sums in self._sums.values() for one in sums}
+        """Statistics by shared input, or by key where tokens are weighted, as far as this process gets them. Call it once."""
+        for part in (part for sums in self._sums.values() for one in sums for part in one.sums.parts):
+            part.last_segment()
+        rank = self._processes.rank
+        results = {
+            one.key: one.sums.result() for sums in self._sums.values() for one in sums if rank in self._goes_to[one.key]
+        }
         self._sums.clear()
         self._dense.clear()
         return results

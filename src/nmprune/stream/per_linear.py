@@ -42,23 +42,32 @@ def prune_linear(
     try:
         n_tokens = stats[0].n_tokens
         if method.needs and linear.in_module.expert is not None and n_tokens < min_expert_tokens:
-            mask = Magnitude().prune(weight, InputStats(0), pattern).mask
-            pruned = Pruned(mask, None, {"fallback": "magnitude", "fallback_tokens": n_tokens})
+            pruned = by_magnitude(weight, pattern, n_tokens)
         else:
             blocks = zip(weight.tensor_split(len(stats)), stats, strict=True)
             pruned = _together(weight, [method.prune(rows, of_rows, pattern) for rows, of_rows in blocks])
     except InputError as error:
         raise error.located(linear.name) from error
+    return finished(model, linear, pruned, pattern, n_tokens, time.perf_counter() - start)
+
+
+def by_magnitude(weight: Tensor, pattern: Pattern, n_tokens: int) -> Pruned:
+    """An expert that saw too few tokens: its weights stay, and the notes say so."""
+    mask = Magnitude().prune(weight, InputStats(0), pattern).mask
+    return Pruned(mask, None, {"fallback": "magnitude", "fallback_tokens": n_tokens})
+
+
+def finished(
+    model: DecoderModel, linear: Linear, pruned: Pruned, pattern: Pattern, n_tokens: int, seconds: float
+) -> LinearDone:
+    """What a method made of a linear, checked, its moved weights as the checkpoint stores them.
+
+    Raises:
+        InputError: moved weights do not fit the checkpoint's dtype.
+    """
     _check(linear, pruned, pattern)
-    return LinearDone(
-        name=linear.name,
-        role=linear.role,
-        tensor=linear.tensor,
-        pruned=_as_stored(model, linear, pruned),
-        n_tokens=n_tokens,
-        seconds=time.perf_counter() - start,
-        pattern=pattern,
-    )
+    stored = _as_stored(model, linear, pruned)
+    return LinearDone(linear.name, linear.role, linear.tensor, stored, n_tokens, seconds, pattern=pattern)
 
 
 def _together(weight: Tensor, blocks: Sequence[Pruned]) -> Pruned:

@@ -5,7 +5,8 @@ import torch
 
 from nmprune import masks
 from nmprune.errors import InputError
-from nmprune.methods.descent import Descent, descend, load_diagonal
+from nmprune.methods.descent import Descent
+from nmprune.methods.descent_sweep import descend, load_diagonal
 from nmprune.methods.wanda import Wanda
 from nmprune.pattern import Pattern
 from nmprune.stats import InputStats

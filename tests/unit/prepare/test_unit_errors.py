@@ -58,11 +58,12 @@ def test_errors_are_the_relative_output_errors_of_wandas_masks():
         weight = model.get_submodule(name).weight.detach()
         sums = StatsAccumulator(x_TI.shape[1], frozenset({"input_sq_norm"}))
         sums.add(x_TI)
+        stats = sums.result()
         for pattern, error in zip(CHOICES, units[name].errors, strict=True):
             if pattern is None:
                 assert error == 0
                 continue
-            mask = Wanda().prune(weight, sums.result(), pattern).mask
+            mask = Wanda().prune(weight, stats, pattern).mask
             lost = (x_TI @ torch.where(mask, 0.0, weight).T).square().sum() / (x_TI @ weight.T).square().sum()
             assert error == pytest.approx(lost.item(), rel=1e-4)
         assert units[name].errors == tuple(sorted(units[name].errors, reverse=True))

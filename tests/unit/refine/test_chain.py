@@ -17,7 +17,9 @@ from nmprune.refine.reconstruct import RIDGES
 from nmprune.stats import GRADIENTS, StatsAccumulator
 
 PATTERN = Pattern(2, 4)
-WITHOUT_GRADIENTS = [name for name, method in METHODS.items() if not method.needs & GRADIENTS]
+WITHOUT_GRADIENTS = [
+    name for name, method in METHODS.items() if issubclass(method, PerLinear) and not method.needs & GRADIENTS
+]
 STEPS = {
     "polish": {"polish": Polish()},
     "reconstruct": {"reconstruct": Reconstruct()},

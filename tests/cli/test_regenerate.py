@@ -14,7 +14,7 @@ SETTINGS = {
     "layer_width": 3,
     "component_width": 3,
     "guard": False,
-    "polish": 0,
+    "descend": 0,
 }
 
 

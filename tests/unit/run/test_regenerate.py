@@ -27,7 +27,7 @@ SMALL = {
     "steps": 6,
     "check_every": 3,
     "cache_size": 10,
-    "polish": 0,
+    "descend": 0,
 }
 FAR = {
     **SMALL,

@@ -50,6 +50,7 @@ def totals(results: Results) -> Table:
             + (", and moved by the method" if results.updates_weights else ", each as it was"),
             "dense": _dense(results),
             "calibration": calibration,
+            "learning": _learning(results),
             "time": f"{duration(sum(results.seconds.values()))} ({phases})" if results.seconds else "",
             "peak memory": "" if results.peak_memory is None else f"{size(results.peak_memory)} above the start",
             "peak on the device": "" if results.device_peak_memory is None else size(results.device_peak_memory),
@@ -83,6 +84,22 @@ def _notes(linears: Iterable[LinearResult]) -> str:
         "with dead inputs": sum(bool(note.get("dead_inputs")) for note in notes),
     }
     return ", ".join(f"{count} {what}" for what, count in found.items() if count)
+
+
+def _learning(results: Results) -> str:
+    """Whether learning paid: the held-out losses, and whose masks were taken. Empty where nothing was learned."""
+    if whole := results.learning:
+        losses = f"held-out loss {whole.prior_loss:.4f} with the prior's masks, {whole.best_loss:.4f} learned"
+        return losses + (": the prior's were taken (the guard)" if whole.guarded else "")
+    layers = results.learned_layers
+    if not layers:
+        return ""
+    if all(one.loss is None for one in layers):
+        return "nothing was held out: the learned masks were not judged"
+    refused = sum(one.accepted is False for one in layers)
+    return f"learned masks in {len(layers) - refused} of {len(layers)} decoder layers" + (
+        ", the prior's in the others (the guard)" if refused else ""
+    )
 
 
 def _dense(results: Results) -> str:

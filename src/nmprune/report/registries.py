@@ -67,7 +67,7 @@ def methods_table() -> Table:
             one["summary"],
             ", ".join(one["needs"]) or "nothing",
             "moved" if one["updates_weights"] else "frozen",
-            "; ".join(f"{pattern}: {reason}" for pattern, reason in one["patterns_not_supported"].items()),
+            "; ".join(f"{pattern}: {why.removesuffix('.')}" for pattern, why in one["patterns_not_supported"].items()),
             one["paper"],
         )
         for one in methods()

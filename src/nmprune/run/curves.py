@@ -27,7 +27,9 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     try:
         rows = [json.loads(line) for line in lines]
     except ValueError as error:
-        raise InputError(f"{folder.metrics_file} is damaged: {error}.") from error
+        raise InputError(
+            f"{folder.metrics_file} is damaged: {error}. Give another run, or make this one again."
+        ) from error
     if not rows:
         raise InputError(
             f"{folder.metrics_file} holds no step yet{f' (the first is being written: {last!r})' * bool(last)}."

@@ -31,8 +31,8 @@ EFFORTS: dict[str, Effort] = {
         {"method": {"name": "descent"}, "reconstruct": "true"},
     ),
     "best": Effort(
-        "as good, on four times the calibration text",
-        {"method": {"name": "descent"}, "reconstruct": "true", "calibration": {"n_sequences": 128}},
+        "masks that a shared network and free scores learn, layer by layer; no weight moves",
+        {"method": {"name": "hyperprune"}},
     ),
 }
 

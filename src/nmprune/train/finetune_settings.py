@@ -33,7 +33,7 @@ class FinetuneRecipe:
     accumulation: int = _option(1, "forwards per step")
     loss: str = _option("kl", "kl: from the dense model's next-token distribution; lm: the text's next token")
     top_k: int = _option(0, "of the dense model's logits, per token; 0 = all")
-    lr: float = _option(0.004, "share of a tensor's root mean square that a weight may move in one step")
+    lr: float = _option(0.001, "share of a tensor's root mean square that a weight may move in one step")
     warm_up: float = _option(0.05, "share of the budget over which the rate rises")
     final_lr: float = _option(0.05, "share of lr that the cosine ends at")
     weight_decay: float = _option(0.0, "AdamW's")

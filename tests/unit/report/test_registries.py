@@ -34,3 +34,9 @@ def test_every_model_type_and_every_text_source():
     assert [one["spelling"] for one in registries.texts()] == [one.spelling for one in (*SOURCES.values(), FILES)]
     assert "experts: down_proj" in registries.architectures_table().markdown()
     assert FILES.summary in registries.texts_table().markdown()
+
+
+def test_reasons_against_patterns_are_joined_without_full_stops():
+    cells = [cell for row in registries.methods_table().rows for cell in row]
+    assert any("4:8: its penalty is that of 2:4" in cell for cell in cells)
+    assert not any(".;" in cell for cell in cells)

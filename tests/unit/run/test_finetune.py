@@ -121,7 +121,7 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(parent, tmp
     results = tune(parent, out)
     before = mtimes(out)
     assert tune(parent, out) == results and mtimes(out) == before
-    with pytest.raises(InputError, match=r"holds another run:\n.*lr: 0.004\n.*lr: 0.5"):
+    with pytest.raises(InputError, match=r"holds another run:\n.*lr: 0.001\n.*lr: 0.5"):
         tune(parent, out, lr=0.5)
     with pytest.raises(InputError, match="is the run that is to be finetuned"):
         tune(parent, parent)

@@ -121,10 +121,8 @@ def test_the_flag_and_the_table_name_the_same_efforts():
 def test_every_effort_is_a_whole_recipe_for_usual_patterns():
     for name in EFFORTS:
         for pattern in ("1:4", "2:4", "4:8", "8:16"):
-            assert (
-                Recipe.from_dict({"model": "m", "pattern": pattern, **recipe_of(name)}).reconstruct is not None
-                or name == "fast"
-            )
+            recipe = Recipe.from_dict({"model": "m", "pattern": pattern, **recipe_of(name)})
+            assert str(recipe.pattern) == pattern and (recipe.reconstruct is not None) == (name == "good")
 
 
 def test_an_effort_is_not_changed_by_who_takes_it():

@@ -118,7 +118,8 @@ def test_where_the_guard_has_nothing_to_judge_by_it_says_so():
 
 
 def test_the_best_masks_seen_are_taken_or_the_last():
-    noisy = {**SMALL, "steps": 12, "check_every": 1, "network": False, "residual_lr": 2.0, "schedule": "constant"}
+    noisy = {**SMALL, "steps": 12, "check_every": 1, "network": False, "schedule": "constant"}
+    noisy |= {"residual_start": 1.0, "residual_lr": 2.0}
     steps, pruned, _, _ = learned(HyperPrune(**noisy))
     losses = [step.values["hard_loss"] for step in steps]
     assert pruned["up"].notes["held_out_learned"] == min(losses) < losses[-1]

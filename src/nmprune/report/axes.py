@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 # Colours that people with any colour vision tell apart (Okabe and Ito 2008), and two more.
@@ -50,3 +50,32 @@ def line(x1: float, y1: float, x2: float, y2: float) -> str:
 def text(x: float, y: float, words: str, how: str = "") -> str:
     """Words at a place; nothing where there are none."""
     return f'<text x="{x:.1f}" y="{y:.1f}" {how}>{escape(words)}</text>' if words else ""
+
+
+def frame(
+    corners: tuple[float, float, float, float],
+    x_axis: Axis,
+    y_axis: Axis,
+    x_ticks: Iterable[tuple[float, str]],
+    y_ticks: Iterable[tuple[float, str]],
+) -> list[str]:
+    """The border of a drawing's area, its grid lines and their labels.
+
+    Args:
+        corners: left, top, right, bottom.
+        x_axis: where values lie across.
+        y_axis: where values lie upwards.
+        x_ticks: values and what is written at them.
+        y_ticks: the same of the other axis.
+    """
+    left, top, right, bottom = corners
+    parts = [
+        f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" fill="none" stroke="#888888"/>'
+    ]
+    for value, label in x_ticks:
+        x = x_axis.at(value)
+        parts += [line(x, bottom, x, top), text(x, bottom + 17, label, 'text-anchor="middle"')]
+    for value, label in y_ticks:
+        y = y_axis.at(value)
+        parts += [line(left, y, right, y), text(left - 7, y + 4, label, 'text-anchor="end"')]
+    return parts

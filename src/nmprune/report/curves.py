@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from nmprune.report.axes import COLOURS, Axis, line, text, ticks
+from nmprune.report.axes import COLOURS, Axis, frame, text, ticks
 from nmprune.report.layout import Table
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 960, 260, 80, 20, 34, 40
@@ -88,14 +88,6 @@ def _curves(points: Sequence[tuple[float, float, Row]], x_axis: Axis, y_axis: Ax
 
 
 def _frame(x_axis: Axis, y_axis: Axis) -> list[str]:
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    parts = [
-        f'<rect x="{_LEFT}" y="{_TOP}" width="{right - _LEFT}" height="{bottom - _TOP}" fill="none" stroke="#888888"/>'
-    ]
-    for value in ticks(x_axis.low, x_axis.high):
-        x = x_axis.at(value)
-        parts += [line(x, bottom, x, _TOP), text(x, bottom + 17, f"{value:g}", 'text-anchor="middle"')]
-    for value in ticks(y_axis.low, y_axis.high):
-        y = y_axis.at(value)
-        parts += [line(_LEFT, y, right, y), text(_LEFT - 7, y + 4, f"{value:.6g}", 'text-anchor="end"')]
-    return parts
+    x_ticks = [(value, f"{value:g}") for value in ticks(x_axis.low, x_axis.high)]
+    y_ticks = [(value, f"{value:.6g}") for value in ticks(y_axis.low, y_axis.high)]
+    return frame((_LEFT, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM), x_axis, y_axis, x_ticks, y_ticks)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from nmprune.report.axes import COLOURS, Axis, decade_ticks, line, text, ticks
+from nmprune.report.axes import COLOURS, Axis, decade_ticks, frame, text, ticks
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 520, 80, 230, 48, 64
 
@@ -62,15 +62,9 @@ def scatter_svg(title: str, x_label: str, y_label: str, points: Sequence[Point],
 
 def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> list[str]:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    parts = [
-        f'<rect x="{_LEFT}" y="{_TOP}" width="{right - _LEFT}" height="{bottom - _TOP}" fill="none" stroke="#888888"/>'
-    ]
-    for value in decade_ticks(x_axis.low, x_axis.high):
-        x = x_axis.at(value)
-        parts += [line(x, bottom, x, _TOP), text(x, bottom + 17, f"{10**value:.2g}", 'text-anchor="middle"')]
-    for value in ticks(y_axis.low, y_axis.high):
-        y = y_axis.at(value)
-        parts += [line(_LEFT, y, right, y), text(_LEFT - 7, y + 4, f"{value:g}", 'text-anchor="end"')]
+    x_ticks = [(value, f"{10**value:.2g}") for value in decade_ticks(x_axis.low, x_axis.high)]
+    y_ticks = [(value, f"{value:g}") for value in ticks(y_axis.low, y_axis.high)]
+    parts = frame((_LEFT, _TOP, right, bottom), x_axis, y_axis, x_ticks, y_ticks)
     middle = (_TOP + bottom) / 2
     parts.append(text((_LEFT + right) / 2, bottom + 36, x_label, 'text-anchor="middle"'))
     parts.append(text(24, middle, y_label, f'text-anchor="middle" transform="rotate(-90 24 {middle})"'))

@@ -117,9 +117,9 @@ class HyperPruneSettings(PerLayer):
 
     prior: str = option("descent", "prior masks: none, a one-shot method, or a mask file")
     target: float = option(0.4, "0: the dense layer's output on the same input; 1: the dense model's output here")
-    steps: int = option(48, "steps per decoder layer")
+    steps: int = option(44, "steps per decoder layer")
     sequences: int = option(2, "calibration sequences of a step")
-    check_every: int = option(12, "steps between two looks at the held-out sequences")
+    check_every: int = option(11, "steps between two looks at the held-out sequences")
 
     residual: bool = option(True, "one free score per weight for the layer in work, beside the network")
     residual_start: float = option(2.0, "where the free scores start: this times the prior")
@@ -128,7 +128,7 @@ class HyperPruneSettings(PerLayer):
     block: int = option(16384, "groups whose logits stand in memory together")
 
     network: bool = option(True, "the shared network; without it the free scores alone learn")
-    network_every: int = option(4, "steps between two updates of the network")
+    network_every: int = option(8, "steps between two updates of the network")
     network_share: float = option(0.25, "share of the learning groups that an update of the network looks at")
     head: str = option("slots", "slots: a score per weight of a group; candidates: a logit per legal mask")
     features: str = option("first_order", "raw (the paper), scaled, activations or first_order")

@@ -22,12 +22,15 @@ from nmprune.run import Machine, Recipe, prune_run
 from nmprune.run.plan import plan
 from nmprune.stats import InputStats
 
+MIXED = {"patterns": ["1:4", "2:4", "3:4", "dense"]}  # under the budget of --pattern
+STEPS: dict[str, object] = {"permute": "all", "allocate": MIXED, "allocate_owl": {**MIXED, "rule": "owl"}}
+
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__)
     made.add_argument("what", choices=("prune", "plan", "solver"))
     made.add_argument("--model", help="HF folder")
-    made.add_argument("--method", default="wanda", help="with what follows it: descent+reconstruct, wanda+permute")
+    made.add_argument("--method", default="wanda", help="with settings and steps: descent:shrinkage=1+reconstruct")
     made.add_argument("--pattern", default="2:4")
     made.add_argument("--tokens", type=Path, help="calibration.safetensors")
     made.add_argument("--recipe", type=Path, help="a recipe, which then says all of this but --model")
@@ -55,12 +58,14 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         "n_sequences": arguments.n_sequences,
         "seq_len": arguments.seq_len,
     }
-    method, *parts = arguments.method.split("+")  # descent+reconstruct, wanda+permute
-    steps = {part: "all" if part == "permute" else "true" for part in parts}
+    spec, *parts = arguments.method.split("+")  # descent+reconstruct, hyperprune:network=false, sparsegpt+allocate
+    name, _, settings = spec.partition(":")
+    given = dict(one.split("=", 1) for one in settings.split(",")) if settings else {}
+    steps = {part.removesuffix("_owl"): STEPS.get(part, "true") for part in parts}
     return Recipe.from_dict(
         {
             "model": arguments.model,
-            "method": method,
+            "method": {"name": name, **given},
             "pattern": arguments.pattern,
             "calibration": calibration,
             **steps,

@@ -66,7 +66,10 @@ def read_arguments() -> argparse.Namespace:
     made = parser(__doc__ or "")
     add_text_flags(made, n_sequences=16)
     made.add_argument(
-        "--methods", nargs="*", default=list(METHODS), help="rows; with steps: wanda+polish, descent+reconstruct"
+        "--methods",
+        nargs="*",
+        default=list(METHODS),
+        help="rows; with steps: wanda+polish, descent+reconstruct, sparsegpt+allocate; with settings: hyperprune:network=false",
     )
     made.add_argument("--pattern", default="2:4", help="N kept of M")
     made.add_argument("--seeds", nargs="*", type=int, default=[0], help="calibration windows; one row each")

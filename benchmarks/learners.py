@@ -76,7 +76,7 @@ def read_arguments() -> argparse.Namespace:
     )
     made.add_argument("--texts", nargs="+", default=["own"], help="texts to evaluate on, such as wikitext2 c4")
     made.add_argument("--windows", type=int, default=128, help="windows of each text")
-    made.add_argument("--methods", nargs="*", default=list(LEARNERS), help="learners; METHOD:PRESET for a preset")
+    made.add_argument("--methods", nargs="*", default=list(LEARNERS), help="learners; METHOD:PRESET,KEY=VALUE,...")
     made.add_argument("--one-shot", nargs="*", default=list(ONE_SHOT), help="rows beside them")
     made.add_argument("--prior", default="wanda", help="of all learners; own: as each method or preset says")
     made.add_argument("--pattern", default="2:4", help="N kept of M")
@@ -96,7 +96,7 @@ def read_arguments() -> argparse.Namespace:
     made.add_argument("--seeds", nargs="+", type=int, default=[0], help="of text and run; one row each")
     made.add_argument("--folder", type=Path, help="where runs are written (a temporary folder, deleted afterwards)")
     found = made.parse_args()
-    unknown = [spec for spec in found.methods if spec.partition(":")[0] not in METHODS]
+    unknown = [spec for spec in found.methods if spec.split(",")[0].partition(":")[0] not in METHODS]
     if unknown:
         made.error(f"no such method: {', '.join(unknown)}; there are {', '.join(METHODS)}")
     if wrong := [one for one in found.set if "." not in one.partition("=")[0] or "=" not in one]:
@@ -130,17 +130,18 @@ class Bench:
 
     def recipe(self, spec: str, seed: int) -> dict[str, Any]:
         """A recipe without its text. The guard is off where the whole model is learned: both outcomes come from one run."""
-        name, _, preset = spec.partition(":")
+        named, *changes = spec.split(",")
+        name, _, preset = named.partition(":")
         method = METHODS[name]
         settings: dict[str, Any] = {"name": name, **({"preset": preset} if preset else SETTINGS.get(name, {}))}
         train = {key: getattr(self.arguments, key) for key in ("steps", "batch_size", "eval_every")} | {"guard": False}
         learns = issubclass(method, WholeModel | PerLayer)
         if learns and self.arguments.prior != OWN_PRIOR:
             settings["prior"] = self.arguments.prior
-        for given in self.arguments.set:
+        for given in [*self.arguments.set, *(f"{name}.{change}" for change in changes)]:
             where, _, value = given.partition("=")
             owner, key = where.split(".", 1)
-            if owner in (spec, name, "all"):
+            if owner in (named, name, "all"):
                 to, key = (train, key.removeprefix("train.")) if key.startswith("train.") else (settings, key)
                 to[key] = yaml.safe_load(value)
         made = {"model": str(self.model), "method": settings, "pattern": self.arguments.pattern, "seed": seed}

@@ -22,7 +22,7 @@ from nmprune.pattern import Pattern
 _BLOCK = 128
 _MAX_SWEEPS = 60
 # Stop where _PATIENCE sweeps together raise the objective by less than this share of what is still lost.
-_LEAST_GAIN = 3e-3
+_LEAST_GAIN = 2e-2
 _PATIENCE = 3
 
 

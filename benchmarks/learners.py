@@ -22,6 +22,8 @@ from nmprune.evaluate.streamed import streamed_nlls
 from nmprune.methods import METHODS
 from nmprune.methods.base import PerLayer, WholeModel
 from nmprune.run import RunFolder
+from nmprune.run.apply import apply_masks
+from nmprune.run.regenerate import MASKS_FILE, regenerate
 from nmprune.stream import DecoderModel
 
 LEARNERS = ("maskllm", "maskllm:best", "proxsparse", "maskpro", "hyperprune")
@@ -92,6 +94,9 @@ def read_arguments() -> argparse.Namespace:
         default=[],
         metavar="METHOD.KEY=VALUE",
         help="maskpro.lr=1, maskllm.train.steps=800, all.train.loss=kl",
+    )
+    made.add_argument(
+        "--regenerate", action="store_true", help="what the last network makes of all layers (hyperprune)"
     )
     made.add_argument("--seeds", nargs="+", type=int, default=[0], help="of text and run; one row each")
     made.add_argument("--folder", type=Path, help="where runs are written (a temporary folder, deleted afterwards)")
@@ -178,8 +183,27 @@ class Bench:
             lines = [json.loads(line) for line in metrics.read_text().splitlines()]
             values["curve"] = [one for one in lines if "held_out_loss" in one]
         values["recipe"] = RunFolder(run).read_recipe().to_dict()
+        if self.arguments.regenerate and RunFolder(run).learned_file.is_file():
+            values["regenerated"] = self._regenerated(run)
         shutil.rmtree(run)
         return values
+
+    def _regenerated(self, run: Path) -> dict[str, Any]:
+        """The masks that the last network makes by itself: how far they agree with the run's, and what they are worth."""
+        found, _ = regenerate(run)
+        apply_masks(run / MASKS_FILE, str(self.model), run / "regenerated")
+        losses = [
+            [one for layer in found.layers if (one := getattr(layer, name)) is not None]
+            for name in ("run_loss", "network_loss", "prior_loss")
+        ]
+        first = [one for one in found.linears if one.layer == found.layers[0].layer]
+        return {
+            "agreement": found.agreement,
+            "first_layer": sum(one.agreement * one.groups for one in first) / sum(one.groups for one in first),
+            "prior_run": found.prior_run,
+            "losses": [sum(one) / len(one) if one else None for one in losses],
+            "nlls": self.nlls(run / "regenerated"),
+        }
 
 
 # -- tables -------------------------------------------------------------------------------------------------------------
@@ -192,7 +216,7 @@ def show(ledger: Ledger) -> None:
     heads += [f"less than the prior, {name}" for name in texts]
     heads += ["with the guard", "groups flipped", "steps", "epochs", "run (s)", "peak (MiB)", f"{TARGET:.0%} target"]
     body = [cells(row, rows, texts) for row in rows]
-    tables = [Table("Learned masks beside their prior", heads, body), curves(rows)]
+    tables = [Table("Learned masks beside their prior", heads, body), curves(rows), one_network(rows, texts)]
     origins = sorted({row["values"]["calibration"] for row in rows if "calibration" in row["values"]})
     notes = [
         "Token perplexity: exp of the mean over windows, +- standard error; less than the prior: with the standard error of the "
@@ -288,6 +312,25 @@ def curves(rows: list[dict[str, Any]]) -> Table:
     ]
     note = "hard - soft: held-out loss of the hard masks less that of what the last step trains."
     return Table("Held-out loss along the run", [*heads, "hard - soft", "best (step)"], body, note)
+
+
+def one_network(rows: list[dict[str, Any]], texts: list[str]) -> Table:
+    """What the last network makes of all layers, beside the masks that were taken on the way."""
+    body = []
+    for row in rows:
+        found = row["values"].get("regenerated")
+        if found is None:
+            continue
+        shares = [found["agreement"], found["first_layer"], found["prior_run"]]
+        losses = ["" if one is None else f"{one:.4f}" for one in found["losses"]]
+        scores = [perplexity(row["values"]["nlls"].get(name)) for name in texts]
+        scores += [perplexity(found["nlls"].get(name)) for name in texts]
+        body.append([row["key"]["what"], *("" if one is None else f"{one:.1%}" for one in shares), *losses, *scores])
+    heads = ["masks", "network = run", "in the first layer", "prior = run"]
+    heads += [f"held-out layer loss, {name}" for name in ("run", "network", "prior")]
+    heads += [f"token perplexity of {whose}, {name}" for whose in ("the run", "the network") for name in texts]
+    note = "Shares of groups with the same mask in both; losses: means over the decoder layers (nmprune regenerate)."
+    return Table("One network for all masks", heads, body, note)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,15 @@ _TOGETHER = 256  # sequences that are written at a time
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a --model; stories260k lies in the shared data beside the project."""
-    return ROOT.parent / "shared" / "data" / STORIES if name == STORIES else locate(name)
+    """The folder of a --model; stories260k lies in the shared data: $NMPRUNE_DATA, or beside the project."""
+    if name != STORIES:
+        return locate(name)
+    folder = Path(os.environ.get("NMPRUNE_DATA", ROOT.parent / "shared" / "data")) / STORIES
+    if not folder.is_dir():
+        raise SystemExit(
+            f"{folder}: not found. {STORIES} is no public model: set NMPRUNE_DATA, or say --model smollm2-135m."
+        )
+    return folder
 
 
 def windows_of(folder: Path, source: str, split: str, n: int, seq_len: int, seed: int = 0) -> tuple[Tensor, str]:

@@ -12,11 +12,11 @@ import math
 import torch
 from torch import Tensor
 
+from nmprune import ranking
 from nmprune.errors import InputError
 from nmprune.pattern import Pattern
 
 MAX_CANDIDATES = 20_000
-_COUNTING_GROUP = 8  # up to here, counting who beats whom (M*M comparisons) is faster than a sort
 
 
 def all_finite(values: Tensor) -> bool:
@@ -45,25 +45,7 @@ def from_scores(scores_OI: Tensor, pattern: Pattern) -> Tensor:
             "The weights or the calibration activations hold NaN or infinity: check the checkpoint, "
             "or use --dtype float32."
         )
-    scores_OGM = scores_OI.unflatten(-1, (-1, pattern.group))
-    if pattern.group <= _COUNTING_GROUP:
-        keep_OGM = _rank_by_counting(scores_OGM) < pattern.kept
-    else:
-        best = scores_OGM.argsort(dim=-1, descending=True, stable=True)[..., : pattern.kept]
-        keep_OGM = torch.zeros_like(scores_OGM, dtype=torch.bool).scatter_(-1, best, True)
-    return keep_OGM.flatten(-2)
-
-
-def _rank_by_counting(scores_OGM: Tensor) -> Tensor:
-    """How many members of the group beat each member: a higher score does, and so does an equal one of lower index."""
-    members = scores_OGM.unbind(-1)
-    # A member starts behind all those of lower index; each comparison that it wins moves it one up and the other down.
-    ranks = [torch.full(m.shape, i, dtype=torch.int8, device=m.device) for i, m in enumerate(members)]
-    for i, j in itertools.combinations(range(len(members)), 2):
-        j_wins = (members[j] > members[i]).view(torch.int8)
-        ranks[i] += j_wins
-        ranks[j] -= j_wins
-    return torch.stack(ranks, dim=-1)
+    return ranking.top(scores_OI.unflatten(-1, (-1, pattern.group)), pattern.kept).flatten(-2)
 
 
 def n_wrong_groups(mask_OI: Tensor, pattern: Pattern) -> int:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmprune import ranking
+
 _SMALLEST = 2.0**-25  # half a step of `torch.rand`: stands for the uniform numbers that it rounds to 0
 _SURE = 20.0  # a slot this far from the cut is in or out: e^-20 is below what fp32 adds to 1; e^(20 * 31) fits in fp64
 _CHUNK = 1 << 12  # groups whose tables stand in memory together
-_COUNTING_GROUP = 8  # up to here counting who beats whom is faster than a sort
 _FEW = 16  # softmax over so few numbers in a row is slow; over as many planes it is fast
 
 
@@ -155,29 +156,6 @@ def _derivatives(weight_MG: Tensor, along_MG: Tensor, tables: list[Tensor]) -> l
     return moved
 
 
-def top(slot_GM: Tensor, n: int) -> Tensor:
-    """bool (..., M): the `n` largest of each group; among equals the lower index wins."""
-    if slot_GM.shape[-1] > _COUNTING_GROUP:
-        best = slot_GM.argsort(dim=-1, descending=True, stable=True)[..., :n]
-        return torch.zeros_like(slot_GM, dtype=torch.bool).scatter_(-1, best, True)
-    return torch.stack([rank < n for rank in ranks(slot_GM.unbind(-1))], dim=-1)
-
-
-def ranks(slots: Sequence[Tensor]) -> list[Tensor]:
-    """How many slots beat each slot, int8: a larger one does, and so does an equal one of lower index.
-
-    Args:
-        slots: the slots of all groups, of one shape.
-    """
-    # A slot starts behind all those of lower index; each comparison that it wins moves it up and the other down.
-    found = [torch.full(slot.shape, i, dtype=torch.int8, device=slot.device) for i, slot in enumerate(slots)]
-    for i, j in itertools.combinations(range(len(slots)), 2):
-        j_wins = (slots[j] > slots[i]).view(torch.int8)
-        found[i] += j_wins
-        found[j] -= j_wins
-    return found
-
-
 def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
     """The value of `hard`, exactly, with the gradient of `soft` (Bengio et al. 2013)."""
     result: Tensor = _StraightThrough.apply(soft, hard)
@@ -214,7 +192,7 @@ def draw_without_replacement(logits_GM: Tensor, n: int, generator: torch.Generat
 
 def draw_mask(logits_GM: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """bool (..., M): the set that `draw_without_replacement` draws from a generator in the same state."""
-    return top(gumbel(logits_GM.shape, generator, logits_GM.device).add_(logits_GM.detach()), n)
+    return ranking.top(gumbel(logits_GM.shape, generator, logits_GM.device).add_(logits_GM.detach()), n)
 
 
 def ordered_log_score(logits_GM: Tensor, drawn_GN: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def test_it_shows_keeps_and_draws(call, document, run):
     assert result.exit_code == 0, result.output
     assert "14 linears under 5 masks each, on 4 x 16 tokens" in result.stderr and "saved:" in result.stderr
     assert "mlp.down_proj" in result.stdout and "largest errors on this text" in result.stdout
-    assert "over masks of a linear" in result.stdout
+    assert "masks of a linear" in result.stdout
     found = document("analyze", run, *WORDS, "--quiet")
     saved = json.loads(Path(found["saved"]).read_text())
     assert all(found[key] == saved[key] for key in saved if key != "seconds")

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import typer
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from nmprune.cli.guard import guarded
 from nmprune.errors import InputError
+
+
+def flat(text: str) -> str:
+    """Words on one line, however they were wrapped."""
+    return re.sub(r"\s+", " ", text)
 
 
 def run(error: BaseException | None, *, json: bool = False, debug: bool = False, resumable: bool = False) -> int:
@@ -117,10 +125,52 @@ def test_a_bug_inside_a_command(call, base, monkeypatch):
     assert "Traceback" in call("inspect", base, "--debug").stderr
 
 
+OUTS = {
+    "refused by the kernel": "/proc/nowhere/run",
+    "below a file": "/etc/passwd/run",
+    "too long": "x" * 300,
+}
+COMMANDS = {
+    "prune": ("{base}", "--method", "magnitude"),
+    "finetune": ("{run}", "--steps", 1, "--minutes", 0, "--set", "seq_len=16", "--text", "builtin"),
+    "apply": ("{run}", "{base}"),
+    "plan": ("{base}", "--method", "magnitude"),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc here")
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("out", OUTS)
+def test_a_place_that_cannot_be_written_is_the_users_to_change(out, command, call, base, run):
+    if (out, command) == ("below a file", "plan"):
+        pytest.skip("the disk that is timed is that of the nearest folder, /etc")
+    words = [str(word).format(base=base, run=run) for word in COMMANDS[command]]
+    result = call(command, *words, "--out", OUTS[out])
+    assert result.exit_code == 2, result.output
+    told = flat(result.stderr)
+    assert "Choose another place" in told and "bug" not in told, told
+    assert {"refused": "no folder can be made there", "below": "a part of the path is a file", "too": "too long"}[
+        out.split()[0]
+    ] in told
+
+
 def test_a_command_that_cannot_be_shared_says_so_under_torchrun(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(None) == 2
     assert "command works in one process, and torchrun started 2. Start it without torchrun" in capsys.readouterr().err
+
+
+def test_torchruns_last_words_are_ours(capsys, monkeypatch, tmp_path):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run(InputError("layer 3: not finite.")) == 2
+    capsys.readouterr()
+    failure = ProcessFailure(local_rank=1, pid=7, exitcode=2, error_file=str(file))
+    told = ChildFailedError("nmprune", {1: failure}).format_msg()
+    assert "traceback : error: layer 3: not finite." in told.splitlines()[-2]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "error.json"))
+    assert run(RuntimeError("ours")) == 1
 
 
 def test_of_several_processes_one_prints_the_error_document(capsys, monkeypatch):

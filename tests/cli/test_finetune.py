@@ -67,6 +67,19 @@ def test_without_out_and_with_a_base_that_moved(call, run, base, monkeypatch):
     assert result.exit_code == 2
 
 
+def test_a_plan_rehearses_and_writes_nothing(call, document, run, tmp_path):
+    out = tmp_path / "tuned"
+    result = call("finetune", run, "--out", out, *SHORT, "--text", "builtin", "--plan")
+    assert result.exit_code == 0, result.output
+    shown = flat(result.stdout)
+    assert "fits this machine" in shown and "(rehearsed)" in shown and "2 steps, 64 tokens" in shown
+    assert "timing some steps" in result.stderr and not out.exists()
+    found = document("finetune", run, *SHORT, "--text", "builtin", "--plan", "--quiet", "--loss", "lm")
+    assert found["fits"] and found["steps"] == 2 and 0 < found["seconds"]["training"] <= found["total_seconds"]
+    rehearsed = "activations, logits, workspace, libraries (rehearsed)"
+    assert 1 << 20 < found["memory"]["training"][rehearsed] < 1 << 30
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -16,14 +16,6 @@ from nmprune.stream import DecoderModel, LayerDone, StreamOptions, prune_layers,
 PATTERN = Pattern(2, 4)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(model: DecoderModel, method: str, windows: torch.Tensor, **options) -> dict[str, torch.Tensor]:
     """(decoder layer, parameter) -> mask and moved weight as the module holds them."""
     selections = select(model, PATTERN)

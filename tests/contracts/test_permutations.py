@@ -13,14 +13,6 @@ from nmprune.stream import DecoderModel
 from nmprune.stream.permuted import channels_of, permute
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def shuffled(channels, kinds, seed=3):
     """A random permutation of every block of every space of some kinds."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ from runs import output
 N_LAYERS = 4
 # 13 windows in batches of 2, and what is held out apart: segments of 0 or 1 batch, the last process with less
 SETTINGS: dict[str, Any] = {"calibration": tiny_models.windows(13), "stream": {"batch_size": 2}}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

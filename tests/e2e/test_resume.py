@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import tiny_models
 from nmprune.errors import InputError
@@ -18,14 +17,6 @@ from runs import hashes, looks_whole, mtimes, output, prune
 from slow_runs import N_LAYERS, start, wait_for
 
 LINEARS_PER_LAYER = 7
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +28,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     prune(model, out, "sparsegpt")
-    torch.set_num_threads(before)
     return output(out)
 
 

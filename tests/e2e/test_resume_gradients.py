@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 import tiny_models
 from nmprune.run.gradients import GradientFiles
 from nmprune.run.loss_aware import LossAware
 from runs import output, prune
 from slow_runs import N_LAYERS, start, wait_for
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,6 @@ N_LAYERS = 5
 METHOD = create("hyperprune", {"steps": 6, "check_every": 3})
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save("llama", tmp_path_factory.mktemp("model") / "base", num_hidden_layers=N_LAYERS)
@@ -36,10 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(model, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     prune(model, out, METHOD)
-    torch.set_num_threads(before)
     return out
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 
 import tiny_models
@@ -16,14 +15,6 @@ from runs import output, prune
 from slow_runs import N_LAYERS, start, wait_for
 
 STEPS = {"polish": True, "reconstruct": True}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def n_finished(out: Path) -> int:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nmprune import masks, sampling
+from nmprune import masks, ranking, sampling
 from nmprune.methods.maskpro import MaskPro
 from nmprune.pattern import Pattern
 from nmprune.train.losses import lm_loss
@@ -34,13 +34,13 @@ def test_their_noise_gives_their_draws(pointwise):
     """Top N of log p - log(exponential noise): Gumbel top-n. They clamp p to 1e-8 first."""
     log_p = pointwise["logits"].view(-1, 4).softmax(-1).clamp(1e-8, 1).log()
     for noise, mask in zip(pointwise["exponential_noise"], pointwise["sampled_masks"], strict=True):
-        assert torch.equal(sampling.top(log_p - noise.log(), 2).view(mask.shape), mask)
+        assert torch.equal(ranking.top(log_p - noise.log(), 2).view(mask.shape), mask)
     for pattern in (Pattern(4, 8), Pattern(1, 4), Pattern(3, 4)):
         own = {
             key: pointwise[f"{pattern.kept}of{pattern.group}.{key}"] for key in ("logits", "exponential_noise", "mask")
         }
         logits = own["logits"].view(-1, pattern.group)
-        drawn = sampling.top(logits - own["exponential_noise"].log(), pattern.kept)
+        drawn = ranking.top(logits - own["exponential_noise"].log(), pattern.kept)
         assert torch.equal(drawn.view(own["mask"].shape), own["mask"])
 
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from nmprune import masks, sampling
+from nmprune import masks, ranking, sampling
 from nmprune.pattern import Pattern
 
 PATTERNS = [Pattern.parse(text) for text in ("1:2", "2:4", "1:4", "3:4", "4:8", "3:16")]
@@ -111,17 +111,9 @@ def test_soft_top_has_the_gradient_of_its_value(monkeypatch):
 def test_soft_top_of_equal_slots_is_even_and_a_cold_one_is_the_top():
     torch.testing.assert_close(sampling.soft_top(torch.full((2, 8), 3.0), 2, 0.1), torch.full((2, 8), 0.25))
     slots = normal(60, 8)
-    torch.testing.assert_close(sampling.soft_top(slots, 3, 1e-4), sampling.top(slots, 3).to(F64))
+    torch.testing.assert_close(sampling.soft_top(slots, 3, 1e-4), ranking.top(slots, 3).to(F64))
     ties = torch.tensor([[1e4, 1e4, 1e4, -1e4]])
     torch.testing.assert_close(sampling.soft_top(ties, 2, 0.05), torch.tensor([[2 / 3, 2 / 3, 2 / 3, 0.0]]))
-
-
-@pytest.mark.parametrize("pattern", [*PATTERNS, Pattern(5, 32)], ids=str)
-def test_top_keeps_the_largest_and_the_lower_index_of_equals(pattern):
-    slots = torch.randint(0, 3, (4, 25, pattern.group), generator=generator()).float()
-    mask = sampling.top(slots, pattern.kept)
-    assert mask.dtype == torch.bool
-    assert torch.equal(mask.flatten(-2), masks.from_scores(slots.flatten(-2), pattern))
 
 
 def test_straight_through_has_the_hard_value_and_the_soft_gradient():

@@ -4,13 +4,6 @@ import torch
 from nmprune.threads import one_thread
 
 
-@pytest.fixture(autouse=True)
-def _threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_one_thread_inside_and_the_old_count_after():
     torch.set_num_threads(2)
     with one_thread():

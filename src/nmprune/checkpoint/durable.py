@@ -14,11 +14,12 @@ from typing import BinaryIO
 
 from nmprune.errors import InputError
 
-_USER_CAN_FIX = {
+_WORDS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
+    errno.ENOENT: "no folder can be made there, or it has gone away",
     errno.EROFS: "the file system is read-only",
     errno.ENOTDIR: "a part of the path is a file",
     errno.EEXIST: "a part of the path is a file",
@@ -29,16 +30,34 @@ _USER_CAN_FIX = {
 
 @contextmanager
 def writing(place: Path, needed_bytes: int) -> Iterator[None]:
-    """Turn what the disk refuses inside the block into an InputError that says how many bytes `place` needs."""
+    """Turn whatever the system refuses inside the block into an InputError: the place is the user's to choose.
+
+    Args:
+        place: what is being written.
+        needed_bytes: said in the error; 0 = what is written takes no room to speak of.
+    """
+    try:
+        yield
+    except ConnectionError:
+        raise  # no disk: the reader of our output, or another process, went away
+    except OSError as error:
+        needs = f"It needs {needed_bytes:,} bytes; nothing was kept. " if needed_bytes else ""
+        room = ", or make room and run it again" if needed_bytes or error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise InputError(f"{place}: cannot be written: {refusal(error)}. {needs}Choose another place{room}.") from error
+
+
+@contextmanager
+def asking(place: Path) -> Iterator[None]:
+    """Turn what the system refuses when it is asked whether `place` is there into an InputError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _USER_CAN_FIX:
-            raise
-        raise InputError(
-            f"{place}: cannot be written: {_USER_CAN_FIX[error.errno]}. It needs {needed_bytes:,} bytes; nothing was "
-            "kept. Choose another place, or make room and run it again."
-        ) from error
+        raise InputError(f"{place}: cannot be looked at: {refusal(error)}. Choose another place.") from error
+
+
+def refusal(error: OSError) -> str:
+    """Why the system refuses, in a few words; its own where we have none."""
+    return _WORDS.get(error.errno or 0) or error.strerror or str(error)
 
 
 def flush_file(stream: BinaryIO) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from nmprune.checkpoint.bits import as_bytes
-from nmprune.checkpoint.durable import flush_file, flush_folder, writing
+from nmprune.checkpoint.durable import asking, flush_file, flush_folder, writing
 from nmprune.checkpoint.header import TensorInfo, header_bytes
 from nmprune.checkpoint.reader import CONFIG_FILE, INDEX_FILE, Checkpoint
 from nmprune.errors import InputError
@@ -57,7 +57,9 @@ def write_checkpoint(
             the disk does not give back what was written.
         ValueError: a replacement has another shape or dtype than the base's tensor.
     """
-    if out.exists() or out.is_symlink():
+    with asking(out):
+        there = out.exists() or out.is_symlink()
+    if there:
         raise InputError(f"{out}: exists already and is left alone. Choose another folder, or remove it.")
     for name in replaced_names:
         base.info(name)

@@ -9,7 +9,7 @@ import typer
 
 from nmprune.cli import options
 from nmprune.cli.console import Output, plain
-from nmprune.cli.machine_flags import machine
+from nmprune.cli.machine_flags import MachineFlags
 from nmprune.cli.progress import ProgressView
 from nmprune.cli.quiet_libraries import quiet_libraries
 
@@ -19,7 +19,7 @@ def analyze(
     text: Annotated[
         str | None,
         typer.Option(
-            help="wikitext2, c4, builtin (its held-out part), hf:DATASET or a file.",
+            help=options.MEASURED_TEXT,
             show_default="the calibration source, another part",
         ),
     ] = None,
@@ -29,10 +29,8 @@ def analyze(
         int, typer.Option(help="Masks between Wanda's and a random one to compare with; the last is all random.")
     ] = 2,
     base: options.Base = None,
-    device: options.Device = options.DEVICE,
-    hidden_budget: options.HiddenBudget = options.HIDDEN_BUDGET,
-    threads: options.Threads = options.THREADS,
-    scratch: options.Scratch = None,
+    *,
+    on: MachineFlags,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -58,7 +56,7 @@ def analyze(
     if not debug:
         quiet_libraries()
     output = Output(json, quiet)
-    how = machine(device, hidden_budget, threads, scratch)
+    how = on.machine()
     with ProgressView(output) as view:
         found, file = analyze_run(run, Question(text, n_sequences, seq_len, mixed_masks), how, base, view.show)
     linears = [
@@ -75,7 +73,7 @@ def analyze(
         )
         for one in found.linears
     ]
-    over = {"linears": "over linears", "masks": "over masks of a linear"}
+    over = {"linears": "linears", "masks": "masks of a linear"}
     correlations = [
         CorrelationRow(
             over[one.over] + (", Z not telling x" if one.open_only else ""),

@@ -8,7 +8,7 @@ import typer
 
 from nmprune.cli import options
 from nmprune.cli.console import Output
-from nmprune.cli.machine_flags import machine
+from nmprune.cli.machine_flags import MachineFlags
 from nmprune.cli.progress import ProgressView
 from nmprune.cli.quiet_libraries import quiet_libraries
 
@@ -23,7 +23,7 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="wikitext2, c4, builtin (its held-out part), hf:DATASET or a file.",
+            help=options.MEASURED_TEXT,
             show_default="wikitext2 where it is found, else builtin",
         ),
     ] = None,
@@ -35,10 +35,8 @@ def evaluate(
         str, typer.Option(help="Compute dtype: auto (fp32 on a CPU, else the model's), float32, bfloat16, float16.")
     ] = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
-    device: options.Device = options.DEVICE,
-    hidden_budget: options.HiddenBudget = options.HIDDEN_BUDGET,
-    threads: options.Threads = options.THREADS,
-    scratch: options.Scratch = None,
+    *,
+    on: MachineFlags,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -63,7 +61,7 @@ def evaluate(
         quiet_libraries()
     output = Output(json, quiet)
     measure = Measure(text, seq_len, max_windows, batch_size, dtype, trust_remote_code)
-    how = machine(device, hidden_budget, threads, scratch)
+    how = on.machine()
     with ProgressView(output) as view:
         found = measure_path(path, measure, how, base, view.show)
     rows = [

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nmprune.cli import options
-from nmprune.cli.console import Output
-from nmprune.cli.machine_flags import machine
+from nmprune.cli.console import Output, plain
+from nmprune.cli.machine_flags import MachineFlags
 from nmprune.cli.progress import ProgressView
 from nmprune.cli.quiet_libraries import quiet_libraries
 from nmprune.errors import InputError
 
 if TYPE_CHECKING:
+    from nmprune.run import Machine
     from nmprune.train.finetune_settings import FinetuneRecipe
 
 _SUFFIXES = (".yaml", ".yml")
@@ -63,6 +64,9 @@ def finetune(
             show_default=False,
         ),
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would need and take, after some timed steps, and do nothing.")
+    ] = False,
     base: options.Base = None,
     checkpoint_minutes: options.CheckpointMinutes = options.CHECKPOINT_MINUTES,
     device: options.Device = options.DEVICE,
@@ -85,6 +89,9 @@ def finetune(
       # masked low-rank deltas: little memory for the optimiser
       nmprune finetune runs/first --lora 16 --steps 500 --minutes 0 --out runs/first_lora
 
+      # how much memory and how many steps; nothing is written
+      nmprune finetune runs/first --text c4 --minutes 30 --plan
+
       # norms, too
       nmprune finetune runs/first --set also=norms
 
@@ -99,13 +106,15 @@ def finetune(
     flags = [f"{key}={value}" for key, value in given.items() if value is not None]
     parent, wanted = _settings(run, [*flags, *(settings or ())])
     place = out or parent.with_name(f"{parent.name}_finetuned")
-    if out is None:
+    if out is None and not plan:
         output.note(f"no --out given: the run folder is {place}")
     if not debug:
         quiet_libraries()
+    how = MachineFlags(device, threads=threads).machine(checkpoint_minutes)
+    if plan:
+        return _plan(output, parent, wanted, place, how, base)
     folder = RunFolder(place)
     was_finished = folder.finished
-    how = machine(device, options.HIDDEN_BUDGET, threads, None, checkpoint_minutes)
     with ProgressView(output) as view:
         results = finetune_run(parent, wanted, place, how, base, view.show)
     assert results.finetune is not None
@@ -120,6 +129,16 @@ def finetune(
             f"nmprune evaluate {quoted}": "token perplexity, dense beside pruned",
         }
     )
+    return 0
+
+
+def _plan(output: Output, parent: Path, wanted: FinetuneRecipe, place: Path, how: Machine, base: str | None) -> int:
+    from nmprune.report import finetune_plan_tables
+    from nmprune.run.plan_finetune import plan_finetune
+
+    with ProgressView(output) as view:
+        made = plan_finetune(parent, wanted, how, base=base, out=place, report=view.show)
+    output.result({"fits": made.fits, "total_seconds": made.total_seconds, **plain(made)}, finetune_plan_tables(made))
     return 0
 
 

@@ -102,6 +102,7 @@ def _told(output: Output, kind: str, message: str, code: int, debug: bool) -> in
         Console(stderr=True, width=120).print_exception(show_locals=False)
     if output.json and _prints():
         output.result({"error": {"kind": kind, "message": message}})
+    _tell_torchrun(f"{'error' if kind == 'input' else 'bug'}: {message}")
     if kind == "input":
         say(output.stderr, f"error: {message}", "red")
         return code
@@ -120,6 +121,14 @@ def _prints() -> bool:
     from nmprune.distributed import is_main_process
 
     return is_main_process()
+
+
+def _tell_torchrun(message: str) -> None:
+    """Without torchrun nothing is imported: an error is said at once."""
+    if "WORLD_SIZE" in os.environ:
+        from nmprune.distributed import tell_torchrun
+
+        tell_torchrun(message)
 
 
 def _close_stdout() -> None:

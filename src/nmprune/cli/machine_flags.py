@@ -1,31 +1,35 @@
-"""The machine flags -> a `Machine`."""
+"""The machine flags of every command that works through a model, and the `Machine` that they mean."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 from typing import TYPE_CHECKING
 
-from nmprune.cli.options import CHECKPOINT_MINUTES, parse_size
+from nmprune.cli import options
 from nmprune.errors import InputError
 
 if TYPE_CHECKING:
     from nmprune.run import Machine
 
 
-def machine(
-    device: str,
-    hidden_budget: str,
-    threads: int,
-    scratch: Path | None,
-    checkpoint_minutes: float = CHECKPOINT_MINUTES,
-) -> Machine:
-    """What --device, --hidden-budget, --threads, --scratch and --checkpoint-minutes say.
+@dataclasses.dataclass(frozen=True)
+class MachineFlags:
+    """The flags in the order of --help; a command has them as one parameter (`spread`), or names the few that it knows."""
 
-    Raises:
-        InputError: not a size, or the scratch folder is not there.
-    """
-    from nmprune.run import Machine
+    device: options.Device = options.DEVICE
+    hidden_budget: options.HiddenBudget = options.HIDDEN_BUDGET
+    threads: options.Threads = options.THREADS
+    scratch: options.Scratch = None
 
-    if scratch is not None and not scratch.is_dir():
-        raise InputError(f"--scratch {scratch}: no such folder. Make it first, or leave the flag out.")
-    return Machine(device, parse_size("--hidden-budget", hidden_budget), threads, scratch, checkpoint_minutes)
+    def machine(self, checkpoint_minutes: float = options.CHECKPOINT_MINUTES) -> Machine:
+        """What the flags say.
+
+        Raises:
+            InputError: not a size, or the scratch folder is not there.
+        """
+        from nmprune.run import Machine
+
+        if self.scratch is not None and not self.scratch.is_dir():
+            raise InputError(f"--scratch {self.scratch}: no such folder. Make it first, or leave the flag out.")
+        budget = options.parse_size("--hidden-budget", self.hidden_budget)
+        return Machine(self.device, budget, self.threads, self.scratch, checkpoint_minutes)

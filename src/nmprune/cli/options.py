@@ -63,6 +63,8 @@ Base = Annotated[
 DEVICE, HIDDEN_BUDGET, THREADS = "auto", "8GB", 0
 CHECKPOINT_MINUTES = 5.0
 
+MEASURED_TEXT = "wikitext2, c4, builtin (its held-out part), hf:DATASET or a file."
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 

@@ -10,7 +10,7 @@ import typer
 from nmprune.cli import options
 from nmprune.cli import recipe_flags as flags
 from nmprune.cli.console import Output, plain
-from nmprune.cli.machine_flags import machine
+from nmprune.cli.machine_flags import MachineFlags
 from nmprune.cli.quiet_libraries import quiet_libraries
 
 Out = Annotated[
@@ -63,7 +63,7 @@ def plan(
     """
     output = Output(json, quiet)
     recipe = flags.read_recipe(model, given)
-    how = machine(device, hidden_budget, threads, None)
+    how = MachineFlags(device, hidden_budget, threads).machine()
     memory = None if device_memory is None else options.parse_size("--device-memory", device_memory)
     if not debug:
         quiet_libraries()

@@ -12,7 +12,7 @@ from nmprune.cli import options
 from nmprune.cli import recipe_flags as flags
 from nmprune.cli.announce import announce
 from nmprune.cli.console import Output
-from nmprune.cli.machine_flags import machine
+from nmprune.cli.machine_flags import MachineFlags
 from nmprune.cli.progress import ProgressView
 from nmprune.cli.quiet_libraries import quiet_libraries
 
@@ -26,10 +26,8 @@ def prune(
     model: flags.ModelOrRecipe,
     given: flags.RecipeFlags,
     out: Out = None,
-    device: options.Device = options.DEVICE,
-    hidden_budget: options.HiddenBudget = options.HIDDEN_BUDGET,
-    threads: options.Threads = options.THREADS,
-    scratch: options.Scratch = None,
+    *,
+    on: MachineFlags,
     checkpoint_minutes: options.CheckpointMinutes = options.CHECKPOINT_MINUTES,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -72,7 +70,7 @@ def prune(
 
     output = Output(json, quiet or not is_main_process())
     recipe = flags.read_recipe(model, given)
-    how = machine(device, hidden_budget, threads, scratch, checkpoint_minutes)
+    how = on.machine(checkpoint_minutes)
     place = out or flags.default_out(recipe)
     if out is None:
         output.note(f"no --out given: the run folder is {place}")

@@ -9,7 +9,7 @@ import typer
 
 from nmprune.cli import options
 from nmprune.cli.console import Output, plain
-from nmprune.cli.machine_flags import machine
+from nmprune.cli.machine_flags import MachineFlags
 from nmprune.cli.progress import ProgressView
 from nmprune.cli.quiet_libraries import quiet_libraries
 
@@ -17,10 +17,8 @@ from nmprune.cli.quiet_libraries import quiet_libraries
 def regenerate(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished hyperprune run.", show_default=False)],
     base: options.Base = None,
-    device: options.Device = options.DEVICE,
-    hidden_budget: options.HiddenBudget = options.HIDDEN_BUDGET,
-    threads: options.Threads = options.THREADS,
-    scratch: options.Scratch = None,
+    *,
+    on: MachineFlags,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -47,7 +45,7 @@ def regenerate(
     if not debug:
         quiet_libraries()
     output = Output(json, quiet)
-    how = machine(device, hidden_budget, threads, scratch)
+    how = on.machine()
     with ProgressView(output) as view:
         found, file = make(run, how, base, view.show)
     linears = [

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nmprune.distributed.error_file import tell_torchrun
 from nmprune.distributed.lifeline import Lifeline
 from nmprune.errors import InputError
 
@@ -146,6 +147,22 @@ class Processes:
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.gather_counts([0])
+
+    @contextmanager
+    def in_a_library(self) -> Iterator[None]:
+        """For collective calls of other libraries inside the body: where a process was lost, their errors in our words.
+
+        Raises:
+            ProcessLost: instead of the library's error.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self._lifeline.verdict(_GRACE_SECONDS) if self._lifeline else None
+            if self._lifeline is None or lost is None:
+                raise
+            self._lifeline.told = True
+            raise ProcessLost(self._words(lost)) from error
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
@@ -286,7 +303,9 @@ def _end_when_lost(processes: Processes, lifeline: Lifeline) -> None:
             os.kill(os.getpid(), signal.SIGTERM)  # runs `terminated` in the main thread
         time.sleep(_GRACE_SECONDS)
         if lifeline.working:  # it waits inside a library
-            print(f"error: {processes._words(lifeline.lost)}", file=sys.stderr, flush=True)
+            words = f"error: {processes._words(lifeline.lost)}"
+            print(words, file=sys.stderr, flush=True)
+            tell_torchrun(words)
             os._exit(2)
 
     in_main = threading.current_thread() is threading.main_thread()

@@ -335,7 +335,7 @@ class WholeModel(Method):
     def penalty(
         self, weight_OI: Tensor, state: State, pattern: Pattern, course: Course, generator: torch.Generator
     ) -> Tensor | None:
-        """What this linear adds to the loss, a differentiable scalar; None where it adds nothing.
+        """What this linear adds to the loss, a differentiable scalar; None where no linear adds anything now.
 
         It is asked once per step, with the generator of the step's first forward.
         """

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nmprune import masks, sampling
+from nmprune import masks, ranking, sampling
 from nmprune.pattern import Pattern
 
 MAX_LISTED = 128  # candidates of a group that get a logit each: all of 4:8 (70); 8:16 has 12,870
@@ -123,7 +123,7 @@ class MaskLogits:
 
     def _top(self, slots_MG: Tensor) -> Tensor:
         """The N largest slots: for slot scores the same as the best candidate, and exact where sums would round."""
-        kept_GM = sampling.top(slots_MG.T, self.pattern.kept)
+        kept_GM = ranking.top(slots_MG.T, self.pattern.kept)
         return kept_GM.T.to(slots_MG.dtype, memory_format=torch.contiguous_format)
 
 

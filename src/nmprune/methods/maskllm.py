@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nmprune import masks, sampling
+from nmprune import masks, ranking, sampling
 from nmprune.errors import InputError
 from nmprune.methods.base import AdamStep, Course, State, WholeModel, option
 from nmprune.pattern import Pattern
@@ -192,5 +192,5 @@ class MaskLLM(WholeModel):
     def _likeliest(self, logits: Tensor, pattern: Pattern) -> Tensor:
         """bool (..., M): of the candidates' or the slots' logits."""
         if self._by_slot(pattern):
-            return sampling.top(logits, pattern.kept)
+            return ranking.top(logits, pattern.kept)
         return masks.candidates(pattern).to(logits.device)[logits.argmax(-1)]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nmprune import sampling
+from nmprune import ranking, sampling
 from nmprune.errors import InputError, near_matches
 from nmprune.methods.base import Course, State, WholeModel, option
 from nmprune.pattern import Pattern
@@ -101,7 +101,7 @@ class MaskPro(WholeModel):
 
     def hard_mask(self, weight_OI: Tensor, state: State, pattern: Pattern) -> Tensor:
         """The N largest logits of each group; among equals the lower index."""
-        return sampling.top(_groups(state["logits"], pattern), pattern.kept).flatten(-2)
+        return ranking.top(_groups(state["logits"], pattern), pattern.kept).flatten(-2)
 
     def draw(self, state: State, pattern: Pattern, generator: torch.Generator) -> Tensor:
         """bool (out, in): a Plackett-Luce draw of N slots of every group."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nmprune import masks, sampling
+from nmprune import masks, ranking
 from nmprune.errors import InputError
 from nmprune.methods.base import AdamStep, Course, State, WholeModel, option
 from nmprune.pattern import Pattern
@@ -156,7 +156,7 @@ def prox(weight_OI: Tensor, strength: Tensor | float) -> Tensor:
 def _prox_planes(y_MG: Tensor, strength_G: Tensor) -> Tensor:
     """`prox` of planes; see there."""
     size_MG = y_MG.abs()
-    rank_MG = torch.stack(sampling.ranks(size_MG.unbind())).long()
+    rank_MG = torch.stack(ranking.ranks(size_MG.unbind())).long()
     z_MG = torch.empty_like(size_MG).scatter_(0, rank_MG, size_MG)
     best_MG = z_MG.clone()
     best_MG[2:] = 0

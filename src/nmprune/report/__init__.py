@@ -3,7 +3,9 @@
 from nmprune.report.allocation import allocation_table, allocation_words
 from nmprune.report.analysis import AnalysedRow, CorrelationRow, analysis_tables
 from nmprune.report.finetune import finetune_table
+from nmprune.report.finetune_plan import FinetunePlan, finetune_plan_tables
 from nmprune.report.layout import Table, facts
+from nmprune.report.learning import learning_table
 from nmprune.report.masks import diff_tables, mask_tables, role_of
 from nmprune.report.model import ModelFacts, RoleFacts, model_tables
 from nmprune.report.perplexity import PerplexityRow, perplexity_table
@@ -17,6 +19,7 @@ __all__ = [
     "AnalysedRow",
     "CorrelationRow",
     "FindingRow",
+    "FinetunePlan",
     "LossRow",
     "ModelFacts",
     "PerplexityRow",
@@ -29,7 +32,9 @@ __all__ = [
     "analysis_tables",
     "diff_tables",
     "facts",
+    "finetune_plan_tables",
     "finetune_table",
+    "learning_table",
     "mask_tables",
     "model_tables",
     "perplexity_table",

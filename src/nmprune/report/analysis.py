@@ -70,7 +70,8 @@ def analysis_tables(
     by_role: dict[str, list[AnalysedRow]] = {}
     for one in linears:
         by_role.setdefault(one.role, []).append(one)
-    heads = ("linears>", "error, calibration>", "error, this text>", *(f"nats/output, c {c:g}>" for c in noise_shares))
+    nats = (f"nats per output, c {c:g}>" for c in noise_shares)
+    heads = ("linears>", "error, calibration>", "error, this text>", *nats)
     heads += ("Z tells x>", "eq. 11: mean>", "kept>")
     roles = tuple(_row(role, f"{len(rows)}", rows) for role, rows in by_role.items())
     tables = [Table(f"{title}; {where}", ("role", *heads), roles, _row("all", f"{len(linears)}", linears))]
@@ -79,12 +80,12 @@ def analysis_tables(
         columns = ("linear", *heads[1:])
         rows = tuple((name, *rest) for name, _, *rest in (_row(one.name, "", [one]) for one in worst))
         tables.append(Table("largest errors on this text", columns, rows))
-    columns = ("rank correlation of error and information", "noise c>", "linears>", "with nats>", "with nats/output>")
+    columns = ("", "noise c>", "linears>", "with nats>", "with nats per output>")
     rows = tuple(
         (one.over, f"{one.noise_share:g}", f"{one.n}", _signed(one.nats), _signed(one.nats_per_output), _range(one))
         for one in correlations
     )
-    return [*tables, Table("", (*columns, "least to most>"), rows)]
+    return [*tables, Table("rank correlation of error and information, over", (*columns, "least to most>"), rows)]
 
 
 def _row(first: str, count: str, rows: Sequence[AnalysedRow]) -> tuple[str, ...]:

@@ -104,15 +104,19 @@ def plan_tables(plan: Plan) -> list[Table]:
     tables = [overview, Table("to be pruned", ("role", "count>", "out x in", "weights>"), rows)]
     dense = tuple((name, f"{count:,}", reason) for name, count, reason in plan.dense)
     tables.append(Table("to stay dense", ("name", "count>", "why"), dense))
-    memory = tuple(
-        (stage, part, size(n_bytes)) for stage, parts in plan.memory.items() for part, n_bytes in parts.items()
-    )
-    tables.append(Table("memory, by stage (the largest stage is the peak)", ("stage", "what", "size>"), memory))
-    tables.append(_amounts("disk", {part: size(n_bytes) for part, n_bytes in plan.disk.items()}))
+    tables.append(memory_table(plan.memory))
+    tables.append(amounts_table("disk", {part: size(n_bytes) for part, n_bytes in plan.disk.items()}))
     if plan.seconds is not None:
-        tables.append(_amounts("time", {phase: duration(seconds) for phase, seconds in plan.seconds.items()}))
+        tables.append(amounts_table("time", {phase: duration(seconds) for phase, seconds in plan.seconds.items()}))
     return tables
 
 
-def _amounts(title: str, parts: dict[str, str]) -> Table:
+def memory_table(memory: dict[str, dict[str, int]]) -> Table:
+    """Stage -> part -> bytes."""
+    rows = tuple((stage, part, size(n_bytes)) for stage, parts in memory.items() for part, n_bytes in parts.items())
+    return Table("memory, by stage (the largest stage is the peak)", ("stage", "what", "size>"), rows)
+
+
+def amounts_table(title: str, parts: dict[str, str]) -> Table:
+    """Name -> amount, in words."""
     return Table(title, ("", ">"), tuple(parts.items()))

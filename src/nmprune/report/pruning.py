@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from nmprune.report.allocation import allocation_table
 from nmprune.report.layout import Table, facts
+from nmprune.report.learning import learning_table
 from nmprune.report.permutation import permutation_table
 from nmprune.report.quantities import duration, error, mean, shape, size
 from nmprune.results import LinearResult, Results
@@ -29,10 +30,11 @@ def role_table(results: Results) -> Table:
 
 
 def pruning_tables(results: Results) -> list[Table]:
-    """All tables of a finished run: roles, mixed patterns and reordered channels where there are some, totals."""
+    """All tables of a finished run: roles; mixed patterns, reordered channels and learning where there are some; totals."""
     mixed = [allocation_table(results.allocation)] if results.allocation else []
     permuted = [permutation_table(results.permutation)] if results.permutation else []
-    return [role_table(results), *mixed, *permuted, totals(results)]
+    learned = [found] if (found := learning_table(results)) else []
+    return [role_table(results), *mixed, *permuted, *learned, totals(results)]
 
 
 def totals(results: Results) -> Table:
@@ -50,7 +52,6 @@ def totals(results: Results) -> Table:
             + (", and moved by the method" if results.updates_weights else ", each as it was"),
             "dense": _dense(results),
             "calibration": calibration,
-            "learning": _learning(results),
             "time": f"{duration(sum(results.seconds.values()))} ({phases})" if results.seconds else "",
             "peak memory": "" if results.peak_memory is None else f"{size(results.peak_memory)} above the start",
             "peak on the device": "" if results.device_peak_memory is None else size(results.device_peak_memory),
@@ -84,22 +85,6 @@ def _notes(linears: Iterable[LinearResult]) -> str:
         "with dead inputs": sum(bool(note.get("dead_inputs")) for note in notes),
     }
     return ", ".join(f"{count} {what}" for what, count in found.items() if count)
-
-
-def _learning(results: Results) -> str:
-    """Whether learning paid: the held-out losses, and whose masks were taken. Empty where nothing was learned."""
-    if whole := results.learning:
-        losses = f"held-out loss {whole.prior_loss:.4f} with the prior's masks, {whole.best_loss:.4f} learned"
-        return losses + (": the prior's were taken (the guard)" if whole.guarded else "")
-    layers = results.learned_layers
-    if not layers:
-        return ""
-    if all(one.loss is None for one in layers):
-        return "nothing was held out: the learned masks were not judged"
-    refused = sum(one.accepted is False for one in layers)
-    return f"learned masks in {len(layers) - refused} of {len(layers)} decoder layers" + (
-        ", the prior's in the others (the guard)" if refused else ""
-    )
 
 
 def _dense(results: Results) -> str:

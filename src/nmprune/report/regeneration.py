@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nmprune.report.layout import Table
 
-_HEADS = ("groups>", "network = run>", "prior = run>", "network = prior>")
+_HEADS = ("network = run>", "prior = run>", "network = prior>")
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ def regeneration_tables(title: str, linears: Sequence[AgreementRow], layers: Seq
     """
     roles = list(dict.fromkeys(one.role for one in linears))
     by_role = tuple((role, *_shares([one for one in linears if one.role == role])) for role in roles)
-    tables = [Table(title, ("role", *_HEADS), by_role, ("all", *_shares(linears)))]
-    columns = ("decoder layer", *_HEADS, "taken", "loss, run>", "loss, network>", "loss, prior>")
+    tables = [Table(title, ("role", "groups>", *_HEADS), by_role, ("all", *_shares(linears)))]
+    columns = ("layer", *_HEADS, "taken", "loss, run>", "loss, network>", "loss, prior>")
     by_layer = tuple(
         (
             str(layer.layer),
-            *_shares([one for one in linears if one.layer == layer.layer]),
-            {True: "learned", False: "the prior's", None: ""}[layer.accepted],
+            *_shares([one for one in linears if one.layer == layer.layer])[1:],
+            {True: "learned", False: "prior's", None: ""}[layer.accepted],
             *("" if loss is None else f"{loss:.4g}" for loss in (layer.run, layer.network, layer.prior)),
         )
         for layer in layers

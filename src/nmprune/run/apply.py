@@ -19,6 +19,7 @@ from nmprune.checkpoint import (
     read_npz,
     write_checkpoint,
 )
+from nmprune.checkpoint.durable import asking
 from nmprune.checkpoint.permutation_file import PERMUTATION_FILE
 from nmprune.errors import InputError, near_matches
 from nmprune.methods import METHODS
@@ -81,7 +82,9 @@ def apply_masks(
     Raises:
         InputError: masks that cannot be read or do not fit the model; an npz without a pattern; `out` exists.
     """
-    if out.exists():
+    with asking(out):
+        there = out.exists()
+    if there:
         raise InputError(f"{out}: exists already and is left alone. Choose another --out folder.")
     file = mask_path(masks)
     report(Progress("open", text=f"opening {model}"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from nmprune.report.allocation import allocation_words
+from nmprune.report.learning import learning_table
 from nmprune.report.permutation import permutation_words
 from nmprune.report.quantities import mean, settings
 from nmprune.results import Results
@@ -35,6 +38,8 @@ def model_card(recipe: Recipe, results: Results) -> str:
     permuted_line = (
         f"| channels reordered first | {permutation_words(results.permutation)} |\n" if results.permutation else ""
     )
+    learned = learning_table(results)
+    learning = f"## Learning\n\n{dataclasses.replace(learned, title='').markdown()}\n" if learned else ""
     lines = mixed_line + permuted_line + error_line
     return f"""# {recipe.model}, pruned to {results.pattern} ({results.pattern_words}) by {results.method["name"]}
 
@@ -58,7 +63,7 @@ Check it, measure it, make it again (from the folder that holds this one):
     nmprune evaluate RUN --text wikitext2
     {again}
 
-## Dense on purpose
+{learning}## Dense on purpose
 
 {dense}{more}
 

@@ -5,48 +5,28 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmprune.checkpoint import Checkpoint, MaskFile, as_integers, checksum, read_masks, write_checkpoint
+from nmprune.checkpoint import as_integers, write_checkpoint
 from nmprune.checkpoint.durable import atomic_file, writing
 from nmprune.errors import InputError
 from nmprune.results import FinetuneResult, Results
-from nmprune.run.base import find_base, wrong_base
 from nmprune.run.finetune_card import finetune_card
 from nmprune.run.finetune_job import FinetuneJob
+from nmprune.run.finetune_parent import Parent, check_low_rank, finetune_recipe, open_parent, uses_autocast
 from nmprune.run.finetune_text import FinetuneText, finetune_text
 from nmprune.run.folder import RunFolder, write_text
 from nmprune.run.machine import Machine, PeakMemory, compute_words, describe
 from nmprune.run.progress import Progress, Report, report_untied, silent
 from nmprune.run.recipe import Recipe
-from nmprune.stream import DecoderModel
 from nmprune.train.finetune import Standing
 from nmprune.train.finetune_settings import FinetuneRecipe
 from nmprune.train.held_masks import MaskBroken
-from nmprune.train.masked_low_rank import check_rank
-from nmprune.train.parts import masked_parameters, unmasked_tensors
-
-
-@dataclass
-class _Parent:
-    """What is finetuned, and its description without weights."""
-
-    folder: RunFolder
-    recipe: Recipe
-    results: Results
-    masks: MaskFile
-    model: DecoderModel
-    dense: Path
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        assert self.model.checkpoint is not None
-        return self.model.checkpoint
+from nmprune.train.parts import unmasked_tensors
 
 
 def finetune_run(
@@ -79,8 +59,9 @@ def finetune_run(
     device = machine.resolve()
     machine.set_threads()
     report(Progress("open", text=f"opening {parent}"))
-    origin = _open(parent, base)
-    recipe = _recipe(origin, settings)
+    origin = open_parent(parent, base)
+    peak = PeakMemory(device)
+    recipe = finetune_recipe(origin, settings)
     folder = RunFolder(out)
     if folder.path.resolve() == origin.folder.path.resolve():
         raise InputError(f"--out {out} is the run that is to be finetuned. It stays as it is: choose another folder.")
@@ -88,16 +69,12 @@ def finetune_run(
     if folder.finished:
         report(Progress("done", 1, 1, f"{out} is finished already; nothing to do."))
         return folder.read_results()
-    if settings.lora:
-        parameters = origin.model.model.state_dict()
-        masked = masked_parameters(origin.model.pieces, origin.masks)
-        check_rank({name: tuple(parameters[name].shape) for name in parameters if name in masked}, settings.lora)
+    check_low_rank(origin, settings)
     report_untied(origin.model.untied, report)
     text = finetune_text(recipe, origin.folder, origin.model.config, report)
-    peak = PeakMemory(device)
     settings = recipe.finetune or settings
     with folder.working(recipe):
-        autocast = _autocast(settings.autocast, device)
+        autocast = uses_autocast(settings.autocast, device)
         words = compute_words(torch.bfloat16 if autocast else torch.float32, device)
         sessions = folder.count_session(origin.results.model_fingerprint, words)
         trust = recipe.trust_remote_code
@@ -113,41 +90,7 @@ def finetune_run(
     return results
 
 
-def _open(parent: Path, base: str | None) -> _Parent:
-    folder = RunFolder(parent)
-    results, recipe = folder.read_results(), folder.read_recipe()
-    masks = read_masks(folder.masks_file)
-    if checksum(folder.masks_file) != results.mask_checksum:
-        raise InputError(
-            f"{folder.masks_file} is not the file that the run's results.json names. `nmprune verify {parent}` says more."
-        )
-    dense = find_base(folder, recipe.model, base)
-    fingerprint = Checkpoint.open(dense).fingerprint()
-    if fingerprint != results.model_fingerprint:
-        raise wrong_base(dense, fingerprint, results.model_fingerprint)
-    trust = recipe.trust_remote_code
-    model = DecoderModel.open(folder.model, dtype="float32", trust_remote_code=trust, allow_sparse=True)
-    return _Parent(folder, recipe, results, masks, model, dense)
-
-
-def _recipe(origin: _Parent, settings: FinetuneRecipe) -> Recipe:
-    """The parent's recipe with the finetuning in it: the new run says all that led to it."""
-    parent = str(origin.folder.path.resolve())
-    filled = dataclasses.replace(settings, parent=parent, parent_masks=origin.results.mask_checksum)
-    return dataclasses.replace(origin.recipe, finetune=filled)
-
-
-def _autocast(wanted: str, device: torch.device) -> bool:
-    """Whether forwards are in bfloat16; "auto": where the processor has units for it (AMX, AVX-512 BF16, a GPU)."""
-    if wanted != "auto":
-        return wanted == "yes"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-
-
-def _write(folder: RunFolder, origin: _Parent, recipe: Recipe, job: FinetuneJob, report: Report) -> tuple[str, ...]:
+def _write(folder: RunFolder, origin: Parent, recipe: Recipe, job: FinetuneJob, report: Report) -> tuple[str, ...]:
     """Everything but results.json and the card; returns the tensors without a mask that may have moved."""
     theirs = origin.folder
     for source, place in (
@@ -169,7 +112,7 @@ def _write(folder: RunFolder, origin: _Parent, recipe: Recipe, job: FinetuneJob,
 
 def _write_model(
     folder: RunFolder,
-    origin: _Parent,
+    origin: Parent,
     recipe: Recipe,
     values: Mapping[str, Tensor],
     moved: set[str],

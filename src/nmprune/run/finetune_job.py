@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nmprune.checkpoint import MaskFile
@@ -41,6 +43,57 @@ def load_whole(folder: Path, dtype: torch.dtype, device: torch.device, trust_rem
     return model.to(device).eval().requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class Trainable:
+    """What of a student is trained.
+
+    Attributes:
+        trained: name -> parameter whose values will be written.
+        moved: name -> what the optimiser moves: the same, or low-rank factors in place of the masked ones.
+        holding: what holds the masks while they move.
+    """
+
+    trained: dict[str, nn.Parameter]
+    moved: dict[str, nn.Parameter]
+    holding: HeldMasks
+
+
+def trainable(
+    student: PreTrainedModel, described: DecoderModel, masks: MaskFile, settings: FinetuneRecipe
+) -> Trainable:
+    """Let gradients flow to what is trained, and give it low-rank deltas where they are asked for.
+
+    Args:
+        student: with its weights, all frozen.
+        described: its folder.
+        masks: its masks.
+        settings: how.
+    """
+    shapes = {name: one.shape for name, one in student.named_parameters()}
+    held = held_parameters(shapes, described.pieces, masks)
+    masked = masked_parameters(described.pieces, masks)
+    trained = trained_parameters(student, described.family.layers, masked, settings.also)
+    moved, holding = dict(trained), HeldMasks(student, held)
+    if settings.lora:
+        moved = {name: one for name, one in moved.items() if name not in masked}
+        moved |= add_low_rank(student, held, settings.lora, settings.seed)
+    for one in moved.values():
+        one.requires_grad_(True)
+    return Trainable(trained, moved, holding)
+
+
+def stored_dtype(described: DecoderModel, name: str) -> torch.dtype:
+    """What a parameter's values will be written as; what is in no file (low-rank factors) stays fp32."""
+    pieces = described.pieces.get(name, ())
+    assert described.checkpoint is not None
+    return described.checkpoint.info(pieces[0].tensor).dtype if pieces else torch.float32
+
+
+def dense_dtype(autocast: bool) -> torch.dtype:
+    """Of the dense model: forwards in bfloat16 would round its weights in every one of them."""
+    return torch.bfloat16 if autocast else torch.float32
+
+
 class FinetuneJob:
     """Training in memory.
 
@@ -69,27 +122,18 @@ class FinetuneJob:
         assert described.checkpoint is not None
         self._described, self._settings, self._text = described, settings, text
         self.student = load_whole(described.checkpoint.folder, torch.float32, device, trust_remote_code)
-        shapes = {name: one.shape for name, one in self.student.named_parameters()}
-        held = held_parameters(shapes, described.pieces, masks)
-        masked = masked_parameters(described.pieces, masks)
-        self.trained = trained_parameters(self.student, described.family.layers, masked, settings.also)
-        moved, holding = dict(self.trained), HeldMasks(self.student, held)
-        if settings.lora:
-            moved = {name: one for name, one in moved.items() if name not in masked}
-            moved |= add_low_rank(self.student, held, settings.lora, settings.seed)
-        for one in moved.values():
-            one.requires_grad_(True)
+        what = trainable(self.student, described, masks, settings)
+        self.trained = what.trained
         teacher = None
         if settings.loss == "kl":
-            # forwards in bfloat16 would round the dense weights in every one of them
-            teacher = load_whole(dense, torch.bfloat16 if autocast else torch.float32, device, trust_remote_code)
+            teacher = load_whole(dense, dense_dtype(autocast), device, trust_remote_code)
         self._loop = Finetuning(
             self.student,
             teacher,
-            moved,
-            None if settings.lora else holding,
+            what.moved,
+            None if settings.lora else what.holding,
             self._layers(),
-            self.stored_dtype,
+            partial(stored_dtype, described),
             text.windows,
             text.held_out,
             settings,
@@ -98,12 +142,6 @@ class FinetuneJob:
 
     def _layers(self) -> list[torch.nn.Module]:
         return list(self.student.get_submodule(self._described.family.layers).children())
-
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """What a parameter's values will be written as; what is in no file (low-rank factors) stays fp32."""
-        pieces = self._described.pieces.get(name, ())
-        assert self._described.checkpoint is not None
-        return self._described.checkpoint.info(pieces[0].tensor).dtype if pieces else torch.float32
 
     def train(self, folder: RunFolder, checkpoint_minutes: float, report: Report) -> Standing:
         """Do what is left of the training; metrics and checkpoints go to the run folder.
@@ -150,11 +188,10 @@ class FinetuneJob:
         with torch.no_grad():
             for name in self.trained:
                 current = self.student.get_parameter(name)
-                current.copy_(current.to(self.stored_dtype(name)).to(current.dtype))
+                stored = stored_dtype(self._described, name)
+                current.copy_(current.to(stored).to(current.dtype))
                 if not current.isfinite().all():
-                    raise InputError(
-                        f"{name} has values that {self.stored_dtype(name)} cannot hold. Lower the rate (--set lr=...)."
-                    )
+                    raise InputError(f"{name} has values that {stored} cannot hold. Lower the rate (--set lr=...).")
         return self._loop.held_out()
 
     def values(self) -> Mapping[str, Tensor]:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nmprune import masks
-from nmprune.checkpoint.durable import atomic_file, flush_folder, writing
+from nmprune.checkpoint.durable import asking, atomic_file, flush_folder, refusal, writing
 from nmprune.checkpoint.permutation_file import PERMUTATION_FILE
 from nmprune.distributed import ALONE, Processes
 from nmprune.errors import InputError
@@ -67,23 +67,26 @@ class RunFolder:
     @property
     def is_run(self) -> bool:
         """Whether this is a run's folder; a model's folder may hold another program's recipe.yaml."""
-        return self.recipe_file.is_file() and not (self.path / "config.json").is_file()
+        with asking(self.path):
+            return self.recipe_file.is_file() and not (self.path / "config.json").is_file()
 
     @property
     def finished(self) -> bool:
         """Whether the run is complete: results.json is written last."""
-        return self.results_file.is_file()
+        with asking(self.path):
+            return self.results_file.is_file()
 
     def check(self, recipe: Recipe) -> None:
         """Raise InputError where the folder holds another run, or something that is no run. Nothing is written."""
-        if self.recipe_file.is_file():
-            there = self.recipe_file.read_text()
-            if there != recipe.to_yaml():
-                raise InputError(
-                    f"{self.path} holds another run:\n{_differences(there, recipe)}\n"
-                    "Choose another --out folder, or delete this one."
-                )
-        elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
+        with asking(self.path):
+            there = self.recipe_file.read_text() if self.recipe_file.is_file() else None
+            foreign = there is None and self.path.exists() and (not self.path.is_dir() or bool(self._foreign()))
+        if there is not None and there != recipe.to_yaml():
+            raise InputError(
+                f"{self.path} holds another run:\n{_differences(there, recipe)}\n"
+                "Choose another --out folder, or delete this one."
+            )
+        if foreign:
             raise InputError(f"{self.path} exists and is not a run of nmprune. Choose another --out folder.")
 
     def _foreign(self) -> set[str]:
@@ -129,7 +132,7 @@ class RunFolder:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         path = self.progress / "lock"
-        with writing(path, 0):
+        with writing(self.path, 0):
             self.progress.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
@@ -370,8 +373,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     except (SafetensorError, OSError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         size = sum(tensor.nbytes for tensor in tensors.values())
+        why = refusal(error) if isinstance(error, OSError) else error
         raise InputError(
-            f"cannot write {path} ({size / 2**20:.0f} MiB): {error}. What was finished is kept: free some space and run the same "
+            f"cannot write {path} ({size / 2**20:.0f} MiB): {why}. What was finished is kept: free some space and run the same "
             "command again."
         ) from error
 

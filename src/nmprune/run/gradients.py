@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nmprune.checkpoint.durable import writing
 from nmprune.distributed import ALONE, Processes
 from nmprune.errors import InputError
 from nmprune.prepare.gradients import GradientStep, LayerGradients, layer_gradients
@@ -61,7 +62,8 @@ class GradientFiles:
         tensors |= {f"{name}:{_TOKENS}": weights.cpu() for name, weights in done.token_weights.items()}
         linears = {name: (stats.n_tokens, stats.n_grad_sequences) for name, stats in done.stats.items()}
         record = {"linears": linears, "seconds": done.seconds}
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path, 0):
+            self.path.mkdir(parents=True, exist_ok=True)
         folder.write_tensors(self.file(done.index), tensors, {"record": json.dumps(record)})
         if done.input_gradient is not None and time.monotonic() - self._hidden_saved >= folder.HIDDEN_INTERVAL_SECONDS:
             tensors = {"input_gradient": done.input_gradient}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nmprune import masks
 from nmprune.distributed import ALONE, Processes
+from nmprune.errors import InputError
 from nmprune.methods import Pruned
 from nmprune.methods.base import LearnStep, WholeModel
 from nmprune.refine.layer_chain import one_shot_prior
@@ -30,6 +31,7 @@ from nmprune.train.judge import Learned
 from nmprune.train.loop import Text, learn
 from nmprune.train.masked_linear import targets_of
 from nmprune.train.settings import TrainRecipe
+from nmprune.train.sharding import Sharding
 
 Bits = dict[str, Tensor]  # linear name -> packed mask
 PruneLayers = Callable[[RunFolder, Recipe, Tensor], None]
@@ -60,9 +62,10 @@ def learn_whole(
         processes: that share the run.
 
     Raises:
-        InputError: the prior masks do not fit; the loss is not finite.
+        InputError: the prior masks do not fit; the loss is not finite; as `check_shard`.
         KeyboardInterrupt: Ctrl-C, after the step in work was finished and kept.
     """
+    check_shard(recipe, processes)
     there = processes.tell(all(folder.layer_file(index).is_file() for index in range(model.n_layers)))
     if there:
         return
@@ -76,6 +79,15 @@ def learn_whole(
             folder.save_layer(done)
         files.drop_checkpoint()
     processes.barrier()
+
+
+def check_shard(recipe: Recipe, processes: Processes = ALONE) -> None:
+    """Raise InputError where the model is to be spread over processes and there is only one."""
+    if recipe.train.shard and processes.alone:
+        raise InputError(
+            "train.shard spreads the model over several processes, and there is one. Start them with torchrun, such as: torchrun "
+            "--nproc-per-node 8 -m nmprune prune MODEL ... --set train.shard=true; or leave train.shard out."
+        )
 
 
 @contextmanager
@@ -138,7 +150,12 @@ def _learn(
     snapshot = files.resume(processes.is_main)
     n_tokens = n_steps * recipe.train.batch_size * recipe.train.accumulation * text.train.shape[1]
     report(Progress("learn", 0, n_steps, _opening(n_tokens, text, snapshot)))
-    with whole(model), interrupts() as interrupted, ExitStack() as stack:
+    sharding = None
+    if recipe.train.shard:
+        model = model.twin(recipe.trust_remote_code)  # it is taken apart
+        sharding = Sharding(model.bring_in, processes)
+    loaded = whole(model) if sharding is None else observable_experts(model.config)
+    with loaded, interrupts() as interrupted, ExitStack() as stack:
         linears = [
             [(one, selection.patterns.get(one.name, recipe.pattern)) for one in selection.prune]
             for selection in selections
@@ -155,6 +172,7 @@ def _learn(
             recipe.seed,
             snapshot,
             processes,
+            sharding,
         )
         del snapshot
         stack.enter_context(closing(steps))
@@ -169,6 +187,8 @@ def _learn(
             due = processes.tell(stop or time.monotonic() - kept >= 60 * machine.checkpoint_minutes)
             if processes.is_main:
                 files.note(sign)
+            if due and sharding is not None and not processes.is_main:
+                sign.snapshot()  # process 0 gathers it from all of them
             if due and processes.is_main:
                 files.save(sign)
                 kept = time.monotonic()

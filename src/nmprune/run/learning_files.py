@@ -4,17 +4,44 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nmprune.methods.base import LearnStep, State
+from nmprune.checkpoint.durable import writing
+from nmprune.methods.base import LearnStep
 from nmprune.results import LearningResult
 from nmprune.run.folder import RunFolder, open_tensors, write_tensors, write_text
 
 METRICS_FILE = "metrics.jsonl"
+
+
+class SavedLearning(Mapping[str, Tensor]):
+    """A checkpoint of learning; a tensor is read when it is asked for, so that the whole never lies in memory.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with open_tensors(path) as file:
+            self._names, self.metadata = frozenset(file.keys()), dict(file.metadata())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with open_tensors(self._path) as file:
+            return file.get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class LearningFiles:
@@ -36,7 +63,7 @@ class LearningFiles:
         """Of learning, in all sessions; what was lost between a checkpoint and a kill is not counted."""
         return self._seconds + time.monotonic() - self._since
 
-    def resume(self, writes: bool = True) -> State | None:
+    def resume(self, writes: bool = True) -> SavedLearning | None:
         """The newest checkpoint; metrics of steps that will be done again are dropped. None where there is none.
 
         Args:
@@ -44,9 +71,8 @@ class LearningFiles:
         """
         snapshot, step = None, -1
         if self._checkpoint.is_file():
-            with open_tensors(self._checkpoint) as file:
-                snapshot = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  no mapping
-                step, self._seconds = int(file.metadata()["step"]), float(file.metadata()["seconds"])
+            snapshot = SavedLearning(self._checkpoint)
+            step, self._seconds = int(snapshot.metadata["step"]), float(snapshot.metadata["seconds"])
         if writes:
             lines = self.metrics.read_text().splitlines() if self.metrics.is_file() else []
             kept = [line for line in lines if _step_of(line) <= step]
@@ -56,8 +82,9 @@ class LearningFiles:
 
     def note(self, sign: LearnStep) -> None:
         """One line of metrics; no clock in it, so that a run that went on leaves the same file."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps({"step": sign.step, **sign.values}) + "\n")
+        line = json.dumps({"step": sign.step, **sign.values}) + "\n"
+        with writing(self.metrics, len(line)), self.metrics.open("a") as file:
+            file.write(line)
 
     def save(self, sign: LearnStep) -> None:
         """Keep a checkpoint in place of the one before."""

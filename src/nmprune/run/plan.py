@@ -29,7 +29,7 @@ from nmprune.run.plan_gradients import GradientSizes
 from nmprune.run.plan_layer_learning import LayerLearningSizes
 from nmprune.run.plan_learning import prior_recipe, with_learning
 from nmprune.run.plan_permute import PermuteSizes
-from nmprune.run.probe import Rates, measure, signature
+from nmprune.run.probe import Rates, measure, nearest_folder, signature
 from nmprune.run.pruner import solver_of
 from nmprune.run.recipe import Recipe
 from nmprune.stats import GRADIENTS, gram_block_shapes
@@ -82,7 +82,7 @@ def plan(
     memory = sizes.memory(on_accelerator, rehearsed)
     seconds = None
     if timed and device_memory is None:
-        nearest = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
+        nearest = nearest_folder(out)
         rates = measure(model, sizes.solver, recipe.pattern, sizes.batch, nearest, recipe.token_blocks)
         seconds = sizes.seconds(rates)
         if sizes.allocation is not None:
@@ -107,7 +107,7 @@ def plan(
         + sum(one.passes for one in (sizes.gradients, sizes.allocation, sizes.permute) if one is not None),
         memory=memory,
         peak_memory=max(sum(parts.values()) for parts in memory.values()),
-        limit=_limit(device, device_memory),
+        limit=memory_limit(device, device_memory),
         device_memory=device_memory,
         disk=sizes.disk(),
         seconds=seconds,
@@ -138,7 +138,7 @@ def _learning(recipe: Recipe, machine: Machine, out: Path, device_memory: int | 
     return with_learning(prior, recipe, model, select_fitting(model, recipe), on_accelerator, timed)
 
 
-def _limit(device: torch.device, device_memory: int | None) -> int:
+def memory_limit(device: torch.device, device_memory: int | None) -> int:
     """Bytes that may be used: of the device asked about, of the accelerator here, or of this machine."""
     if device_memory is not None:
         return int(device_memory * _HEADROOM)

@@ -70,7 +70,12 @@ def with_learning(
             seconds = {**seconds, "learn": sizes.seconds()}
     settings = recipe.train
     n_tokens = settings.steps * settings.batch_size * settings.accumulation * recipe.calibration.seq_len
-    words = f"{settings.steps} steps, {n_tokens:,} tokens, loss {settings.loss}; the whole model is in memory while it learns."
+    where = (
+        "counted as in one process that holds all: train.shard spreads it, see docs/scale.md"
+        if settings.shard
+        else "the whole model is in memory while it learns"
+    )
+    words = f"{settings.steps} steps, {n_tokens:,} tokens, loss {settings.loss}; {where}."
     return replace(
         prior,
         method=recipe.pruner.name,
@@ -194,21 +199,21 @@ class _Learning:
     def _after(self, masked: MaskedModel) -> None:
         """Penalty and step of the learned state."""
         optimiser = torch.optim.AdamW(list(masked.parameters().values()), lr=0.0) if self._by_gradient else None
-        for one in masked.targets:
+        for one, weight, state in masked.linears():
             generator = torch.Generator(self.model.device).manual_seed(0)
-            state, course = masked.state(one.name), Course(0, 2)
+            course = Course(0, 2)
             if optimiser is None:
                 with torch.no_grad():
                     self.method.score_step(state, one.pattern, 0.0, course, generator)
                 continue
-            penalty = self.method.penalty(masked.weight(one), state, one.pattern, course, generator)
+            penalty = self.method.penalty(weight, state, one.pattern, course, generator)
             if penalty is not None:
                 penalty.backward()
         if optimiser is not None:
             optimiser.step()
             with torch.no_grad():
-                for one in masked.targets:
-                    self.method.after_step(masked.weight(one), masked.state(one.name), one.pattern, Course(0, 2))
+                for one, weight, state in masked.linears():
+                    self.method.after_step(weight, state, one.pattern, Course(0, 2))
 
     @property
     def _by_gradient(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nmprune.checkpoint.durable import asking, writing
 from nmprune.methods import PerLinear, Pruned
 from nmprune.pattern import Pattern
 from nmprune.prepare.gradients import back_through
@@ -112,7 +113,7 @@ def measure(
         statistics_seconds,
         {shape: solver.solve() for shape, solver in solvers.items()},
         {shape: solver.measure() for shape, solver in solvers.items()},
-        *_disk(disk),
+        *disk_seconds(disk),
         gradient_seconds,
         head_seconds,
     )
@@ -218,10 +219,20 @@ class _Solver:
         return _median(lambda: measured(self._weight, done, [self._stats]), self._device) * self._scale
 
 
-def _disk(folder: Path) -> tuple[float, float]:
+def nearest_folder(out: Path) -> Path:
+    """`out`, or the nearest folder above it that is there: on the disk that a run would be written to.
+
+    Raises:
+        InputError: the system does not say.
+    """
+    with asking(out):
+        return next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
+
+
+def disk_seconds(folder: Path) -> tuple[float, float]:
     """Seconds per byte to write, flush, read back and check; and to read."""
     content = os.urandom(_DISK_BYTES)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
+    with writing(folder, len(content)), tempfile.NamedTemporaryFile(dir=folder) as file:
         start = time.perf_counter()
         file.write(content)
         file.flush()

@@ -26,7 +26,7 @@ from nmprune.run.learn_layers import (
     learning_of,
     live_words,
 )
-from nmprune.run.learn_whole import learn_whole
+from nmprune.run.learn_whole import check_shard, learn_whole
 from nmprune.run.machine import Machine, PeakMemory, compute_words, describe
 from nmprune.run.outputs import Outputs
 from nmprune.run.permute import check_permute, permute_model
@@ -92,6 +92,7 @@ def _run(
     processes: Processes,
 ) -> Results:
     device = machine.resolve()
+    check_shard(recipe, processes)
     if processes.is_main:
         folder.check(recipe)
     if processes.tell(folder.finished):

@@ -74,5 +74,10 @@ def train_faults(values: Mapping[str, Any], n_held_out: int) -> list[str]:
 
 
 def train_words(method: Method, train: TrainRecipe) -> dict[str, Any]:
-    """The section as recipe.yaml and results.json hold it; nothing for a method that does not read it."""
-    return {"train": dataclasses.asdict(train)} if isinstance(method, WholeModel) else {}
+    """The section as recipe.yaml and results.json hold it; nothing for a method that does not read it.
+
+    `shard` is left out: it says where things lie, and a run may go on with it or without it.
+    """
+    if not isinstance(method, WholeModel):
+        return {}
+    return {"train": {key: value for key, value in dataclasses.asdict(train).items() if key != "shard"}}

@@ -117,6 +117,15 @@ class DecoderModel:
             raise InputError("the model has weights on the meta device (offloaded or empty): pass its folder instead.")
         return cls(model, None, parameters[0].device, parameters[0].dtype)
 
+    def twin(self, trust_remote_code: bool = False) -> Self:
+        """Another model of the same checkpoint, without weights: for a use that leaves it changed.
+
+        Args:
+            trust_remote_code: as for `open`.
+        """
+        model = _empty(self.config, self.device, self.dtype, trust_remote_code)
+        return type(self)(model, self.checkpoint, self.device, self.dtype)
+
     @property
     def unused_tensors(self) -> tuple[str, ...]:
         """Checkpoint tensors that belong to no part of the model (buffers that older versions saved); never read."""
@@ -190,16 +199,34 @@ class DecoderModel:
         with self._loaded(layer, f"{self.family.layers}.{index}."):
             yield layer
 
+    def bring_in(self, index: int | None) -> None:
+        """Load decoder layer `index`, or (None) all that lies outside the decoder layers, and leave it in memory."""
+        give_back()
+        if index is not None:
+            layer, prefix = self.layers[index], f"{self.family.layers}.{index}."
+            self._load(layer, prefix, self._entries(layer, prefix))
+            return
+        outside = self._entries(self.model, "", self._inside_layers() | frozenset(self.model.all_tied_weights_keys))
+        self._load(self.model, "", outside)
+        self.model.tie_weights(recompute_mapping=False)
+
+    def _entries(self, module: nn.Module, prefix: str, skip: frozenset[str] = frozenset()) -> list[str]:
+        """The state of `module` that the checkpoint holds and whose names (under `prefix`) are not in `skip`."""
+        return [name for name in module.state_dict() if prefix + name not in skip and self._pieces(prefix + name)]
+
+    def _load(self, module: nn.Module, prefix: str, names: list[str]) -> None:
+        for name in names:
+            put(module, name, self._read(prefix + name))
+
     @contextmanager
     def _loaded(self, module: nn.Module, prefix: str, skip: frozenset[str] = frozenset()) -> Iterator[None]:
         """Bring in the state of `module` whose names (under `prefix`) are not in `skip`."""
         if self.checkpoint is None:
             yield
             return
-        names = [name for name in module.state_dict() if prefix + name not in skip and self._pieces(prefix + name)]
+        names = self._entries(module, prefix, skip)
         try:
-            for name in names:
-                put(module, name, self._read(prefix + name))
+            self._load(module, prefix, names)
             yield
         finally:
             for name in names:

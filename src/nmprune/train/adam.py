@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nmprune.train.sharding import sharded_as
+
 _MARK = "adam:"
 _ENTRIES = ("exp_avg", "exp_avg_sq", "step")
 
@@ -28,8 +30,7 @@ def load_optimiser_state(
     for name, parameter in parameters.items():
         if f"{_MARK}{name}:step" not in saved:
             continue
-        moments = {entry: saved[f"{_MARK}{name}:{entry}"].clone() for entry in _ENTRIES}
+        moments = {entry: saved[f"{_MARK}{name}:{entry}"] for entry in _ENTRIES}
         optimiser.state[parameter] = {
-            key: value.to(parameter.device, parameter.dtype) if key != "step" else value
-            for key, value in moments.items()
+            key: sharded_as(value, parameter) if key != "step" else value.clone() for key, value in moments.items()
         }

@@ -120,7 +120,7 @@ class Finetuning:
 
     # -- the loop -------------------------------------------------------------------------------------------------------
 
-    def run(self, saved: State | None = None) -> Generator[LearnStep, None, Standing]:
+    def run(self, saved: Mapping[str, Tensor] | None = None) -> Generator[LearnStep, None, Standing]:
         """Train until the budget is used up or the held-out loss has stopped falling; then the best values are put in.
 
         Args:
@@ -250,7 +250,7 @@ class Finetuning:
         }
 
     @torch.no_grad()
-    def _restore(self, saved: State) -> None:
+    def _restore(self, saved: Mapping[str, Tensor]) -> None:
         if not torch.equal(saved["text"], self._text):
             raise InputError(
                 "the checkpoint that is there was made on other text: the text source has changed since. Bring it back, or "

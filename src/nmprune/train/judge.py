@@ -138,7 +138,7 @@ class Judge:
         numbers = [self._prior_loss, *asdict(self._best).values(), *asdict(self._last).values(), self._without_gain]
         return {**found, "judge": torch.tensor(numbers, dtype=torch.float64)}
 
-    def load(self, saved: State) -> None:
+    def load(self, saved: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave."""
         numbers = saved["judge"].tolist()
         self._prior_loss, self._without_gain = numbers[0], int(numbers[-1])

@@ -7,10 +7,10 @@ a run that goes on from a snapshot does exactly what it would have done.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,18 @@ from nmprune.train.losses import Teacher, kl_loss, lm_loss, teacher
 from nmprune.train.masked_linear import MaskedModel, Phase, Target, noise
 from nmprune.train.rest import Rest
 from nmprune.train.settings import TrainRecipe
+from nmprune.train.sharding import (
+    Sharding,
+    clip_gradients,
+    in_one_piece,
+    is_sharded,
+    local,
+    own_rows,
+    own_share,
+    whole,
+)
+
+_Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True)
@@ -50,17 +62,18 @@ def learn(
     text: Text,
     settings: TrainRecipe,
     seed: int,
-    snapshot: State | None = None,
+    snapshot: Mapping[str, Tensor] | None = None,
     processes: Processes = ALONE,
-    shard: Callable[[], None] | None = None,
+    sharding: Sharding | None = None,
 ) -> Generator[LearnStep, None, Learned]:
     """Learn the masks of all targets; the model's weights are as they were when it ends, however it ends.
 
     Yields once before the first step, with what the prior masks are worth, and then after every step. Several processes
-    share the micro-batches of a step, and the held-out sequences.
+    share the micro-batches of a step, and the held-out sequences. With `sharding` they share the model too: it is used up,
+    and `LearnStep.snapshot` is to be called by all of them; what it returns is whole in process 0 and empty elsewhere.
 
     Args:
-        model: a causal language model in memory, in evaluation mode.
+        model: a causal language model in memory, in evaluation mode; with `sharding` on the meta device.
         layers: its decoder layers.
         targets: from `targets_of`.
         method: what learns.
@@ -70,7 +83,7 @@ def learn(
         seed: of the run; all randomness is derived from it.
         snapshot: what an earlier `LearnStep.snapshot` made: go on from there.
         processes: that share the run; all call this alike.
-        shard: called once the masks are in the model and before the optimiser is made, to spread parameters over processes.
+        sharding: brings in the model's weights, and leaves each process its share of them and of what is learned.
 
     Returns:
         Masks and what they are worth.
@@ -78,8 +91,8 @@ def learn(
     Raises:
         InputError: the loss is not finite.
     """
-    loop = _Loop(model, layers, targets, method, priors, text, settings, seed, processes)
-    with loop.at_work(shard):
+    loop = _Loop(model, layers, targets, method, priors, text, settings, seed, processes, sharding)
+    with loop.at_work():
         if snapshot is not None:
             loop.load(snapshot)
         return (yield from loop.run(fresh=snapshot is None))
@@ -97,10 +110,11 @@ class _Loop:
         settings: TrainRecipe,
         seed: int,
         processes: Processes,
+        sharding: Sharding | None,
     ) -> None:
         self.model, self.layers, self.method, self.processes = model, layers, method, processes
-        self.text, self.settings, self.seed = text, settings, seed
-        self.device = next(model.parameters()).device
+        self.text, self.settings, self.seed, self.sharding = text, settings, seed, sharding
+        self.device = next(model.parameters()).device if sharding is None else sharding.device
         self.batches = Batches(len(text.train), settings.batch_size, settings.accumulation, seed)
         self.phase = Phase(course=Course(0, settings.steps))
         frozen = {id(p): p for one in targets for p in [one.layer.get_parameter(one.parameter)]}
@@ -114,34 +128,54 @@ class _Loop:
         self.optimiser: torch.optim.AdamW | None = None
 
     @contextmanager
-    def at_work(self, shard: Callable[[], None] | None) -> Iterator[None]:
-        """The model masked inside the body, and as it was afterwards."""
-        layers = checkpointed(self.layers, self.settings.activation_checkpointing)
-        with self.rest.learning(), self.masked.installed(), layers:
-            if shard is not None:
-                shard()
+    def at_work(self) -> Iterator[None]:
+        """The model masked inside the body."""
+        with self._masked(), checkpointed(self.layers, self.settings.activation_checkpointing):
             self.learned = {**self.masked.parameters(), **self.rest.parameters()}
             if self.method.learns_by == "gradient":
-                self.optimiser = torch.optim.AdamW(list(self.learned.values()), lr=0.0)
+                # torch cannot step sharded and whole tensors in one go
+                together = None if self.sharding is None else False
+                self.optimiser = torch.optim.AdamW(list(self.learned.values()), lr=0.0, foreach=together)
+            yield
+
+    @contextmanager
+    def _masked(self) -> Iterator[None]:
+        if self.sharding is None:
+            with self.rest.learning(), self.masked.installed():
+                yield
+            return
+
+        def loaded(part: nn.Module) -> None:
+            self.masked.install(part)
+            self.rest.unfreeze()
+
+        with self.processes.in_a_library():
+            self.sharding.spread(self.model, self.layers, loaded)
+            self.rest.keep()
             yield
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> State:
-        """Everything that `load` needs, on the CPU and copied."""
+        """Everything that `load` needs, on the CPU and copied; of a sharded model in process 0 alone."""
         found: State = {f"learned:{name}": value.detach() for name, value in self.learned.items()}
         found |= {f"carried:{name}": value for name, value in self.carried.items()}
         found |= {"step": torch.tensor(self.phase.course.step), "prior_losses": self.prior_losses}
         if self.optimiser is not None:
             found |= optimiser_state(self.optimiser, self.learned)
         found |= self.judge.state()
-        return {name: value.cpu().clone() for name, value in found.items()}
+        kept: State = {}
+        for name, value in found.items():
+            gathered = whole(value)
+            if self.sharding is None or self.processes.is_main:
+                kept[name] = gathered.cpu().clone()
+        return kept
 
     @torch.no_grad()
-    def load(self, saved: State) -> None:
+    def load(self, saved: Mapping[str, Tensor]) -> None:
         """Go on from a snapshot."""
         for name, value in self.learned.items():
-            value.copy_(saved[f"learned:{name}"])
+            local(value).copy_(own_rows(saved[f"learned:{name}"], value))
         self.carried = {name: saved[f"carried:{name}"] for name in self.carried}
         self.prior_losses = saved["prior_losses"].clone()
         self.phase.course = Course(int(saved["step"]), self.settings.steps)
@@ -173,9 +207,9 @@ class _Loop:
         assert self.optimiser is not None
         self.optimiser.zero_grad(set_to_none=True)
         total = 0.0
-        for at in self.processes.mine(len(micro_batches)):
+        for at, counts in self._in_step(self.processes.mine(len(micro_batches)), 0):
             self.phase.draw = self._draw(step, at)
-            loss = self._losses(self.text.train[micro_batches[at]]).mean() / len(micro_batches)
+            loss = counts * self._losses(self.text.train[micro_batches[at]]).mean() / len(micro_batches)
             loss.backward()
             total += loss.item()
         (total,) = self.processes.sum_values([total])
@@ -188,28 +222,45 @@ class _Loop:
         values |= self._optimise()
         return values
 
+    def _in_step(self, mine: Sequence[_Part], other: _Part) -> list[tuple[_Part, int]]:
+        """This process's parts, each of which counts 1.
+
+        A sharded model is gathered by all processes for every forward: one that has fewer parts than another one runs
+        `other`, which counts 0. It is some process's own part, so that what is no number there is none anywhere else.
+        """
+        parts = [(part, 1) for part in mine]
+        if self.sharding is None:
+            return parts
+        most = max(n for (n,) in self.processes.gather_counts([len(mine)]))
+        return parts + [(other, 0)] * (most - len(mine))
+
     def _draw(self, step: int, at: int) -> int:
         if self.method.noise == "micro_batch":
             return step * self.settings.accumulation + at
         return step
 
     def _sum_gradients(self) -> None:
-        """Over the processes; what no micro-batch of this one reached (an expert) has no gradient here."""
+        """Over the processes; what no micro-batch of this one reached (an expert) has no gradient here.
+
+        Those of what is sharded were added up on the way back.
+        """
         if self.processes.alone:
             return
-        for parameter in self.learned.values():
+        own = [parameter for parameter in self.learned.values() if not is_sharded(parameter)]
+        for parameter in own:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.processes.sum_([parameter.grad for parameter in self.learned.values() if parameter.grad is not None])
+        self.processes.sum_([parameter.grad for parameter in own if parameter.grad is not None])
 
     def _penalties(self) -> float | None:
         """What the method adds to the loss, one linear at a time; None where it adds nothing."""
         total = None
-        for one in self.masked.targets:
+        for one, weight, lying in self.masked.linears():
             generator = noise(self.seed, one, self.phase.draw, self.device)
-            state = self.masked.state(one.name)
-            penalty = self.method.penalty(self.masked.weight(one), state, one.pattern, self.phase.course, generator)
-            if penalty is not None:
+            with in_one_piece(lying) as state:
+                penalty = self.method.penalty(weight, state, one.pattern, self.phase.course, generator)
+                if penalty is None:
+                    return None
                 penalty.backward()
                 total = (total or 0.0) + penalty.item()
         return total
@@ -219,33 +270,46 @@ class _Loop:
         how = self.method.optimiser(self.phase.course)
         for group in self.optimiser.param_groups:
             group |= {"lr": how.lr, "betas": how.betas, "eps": how.eps, "weight_decay": how.weight_decay}
-        norm = nn.utils.clip_grad_norm_(list(self.learned.values()), how.clip or math.inf).item()
+        learned, most = list(self.learned.values()), how.clip or math.inf
+        if self.sharding is None:
+            norm = nn.utils.clip_grad_norm_(learned, most).item()
+        else:
+            norm = clip_gradients(learned, most, self.processes)
         self._finite(norm, self.phase.course.step, "gradient")
         self.optimiser.step()
-        with torch.no_grad():
-            for one in self.masked.targets:
-                state = self.masked.state(one.name)
-                self.method.after_step(self.masked.weight(one), state, one.pattern, self.phase.course)
+        if type(self.method).after_step is not WholeModel.after_step:  # or else nothing need be gathered
+            self._after_step()
         return {"gradient_norm": norm, "lr": how.lr}
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        """One linear at a time, and of a sharded one the rows that lie here: rows do not depend on each other."""
+        for one, weight, lying in self.masked.linears():
+            rows, state = own_share(weight, lying)
+            if len(rows):
+                self.method.after_step(rows, state, one.pattern, self.phase.course)
 
     @torch.no_grad()
     def _score_step(self, step: int, micro_batches: Sequence[Tensor]) -> dict[str, float]:
         """Forwards only: the loss of the masks that are drawn against that of the prior masks, and the score."""
         self.phase.draw = step
         mine = [micro_batches[at] for at in self.processes.mine(len(micro_batches))]
-        losses = sum(self._losses(self.text.train[one]).double().sum().item() for one in mine)
+        losses = self._sum_of_losses(self.text.train, mine, micro_batches[0])
         sequences = torch.cat([torch.empty(0, dtype=torch.int64), *mine])
         missing = sequences[self.prior_losses[sequences].isnan()].unique()
+        parts = missing.split(self.settings.batch_size) if len(missing) else ()
         with self.judge.prior_masks():
-            for one in missing.split(self.settings.batch_size) if len(missing) else ():
-                self.prior_losses[one] = self._losses(self.text.train[one]).double().cpu()
+            for one, counts in self._in_step(parts, micro_batches[0]):
+                found = self._losses(self.text.train[one]).double().cpu()
+                if counts:
+                    self.prior_losses[one] = found
         sums = self.processes.sum_values([losses, self.prior_losses[sequences].sum().item()])
         loss, prior = (self._finite(one / self.batches.per_step, step) for one in sums)
         advantage, self.carried = self.method.advantage(loss, prior, self.carried)
         for one in self.masked.targets:
             generator = noise(self.seed, one, step, self.device)
-            state = self.masked.state(one.name)
-            self.method.score_step(state, one.pattern, advantage, self.phase.course, generator)
+            with in_one_piece(self.masked.state(one.name)) as state:
+                self.method.score_step(state, one.pattern, advantage, self.phase.course, generator)
         carried = {name: value.item() for name, value in self.carried.items()}
         return {"loss": loss, "prior_loss": prior, "advantage": advantage, **carried}
 
@@ -277,6 +341,8 @@ class _Loop:
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.settings.autocast else nullcontext()
         with autocast:
             logits: Tensor = self.model(input_ids=token_ids, use_cache=False).logits
+        if self.sharding is not None and not torch.is_grad_enabled():
+            self.sharding.forget_forward()
         return logits
 
     @torch.no_grad()
@@ -290,7 +356,12 @@ class _Loop:
             return self._mean_held_out()
 
     def _mean_held_out(self) -> float:
-        parts = self.text.held_out.split(self.settings.batch_size)
+        parts = torch.arange(len(self.text.held_out)).split(self.settings.batch_size)
         mine = [parts[at] for at in self.processes.mine(len(parts))]
-        (total,) = self.processes.sum_values([sum(self._losses(one).double().sum().item() for one in mine)])
+        (total,) = self.processes.sum_values([self._sum_of_losses(self.text.held_out, mine, parts[0])])
         return total / len(self.text.held_out)
+
+    def _sum_of_losses(self, token_ids: Tensor, mine: Sequence[Tensor], other: Tensor) -> float:
+        """Of the sequences of these batches; forwards only. `other` as for `_in_step`."""
+        batches = self._in_step(mine, other)
+        return sum(counts * self._losses(token_ids[one]).double().sum().item() for one, counts in batches)

@@ -23,6 +23,7 @@ from nmprune.architectures import Linear, View
 from nmprune.methods.base import Course, State, WholeModel
 from nmprune.pattern import Pattern
 from nmprune.train.seeds import generator_of
+from nmprune.train.sharding import in_one_piece, whole
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def noise(seed: int, target: Target, draw: int, device: torch.device) -> torch.G
 
 
 class MaskedModel:
-    """The masked parameters of a model, and what is learned in them.
+    """The masked parameters of a model, and what is learned in them. Weights and states may be sharded once they are there.
 
     Args:
         targets: what is masked.
@@ -168,32 +169,20 @@ class MaskedModel:
         self, targets: Sequence[Target], method: WholeModel, phase: Phase, priors: Mapping[str, Tensor], seed: int
     ) -> None:
         self.targets, self.method, self.phase = tuple(targets), method, phase
+        self._priors, self._seed = priors, seed
         self._places: list[tuple[nn.Module, str, MaskedParameter]] = []
-        self._at: dict[str, tuple[MaskedParameter, int, nn.Module, str]] = {}
-        by_parameter: defaultdict[tuple[int, str], list[Target]] = defaultdict(list)
-        for target in targets:
-            by_parameter[id(target.layer), target.parameter].append(target)
-        for together in by_parameter.values():
-            owner, leaf = _owner(together[0])
-            stored = getattr(owner, leaf).detach()
-            states = [_begin(one, stored, method, priors[one.name], seed) for one in together]
-            masked = MaskedParameter(together, states, method, phase, seed)
-            self._places.append((owner, leaf, masked))
-            self._at |= {one.name: (masked, at, owner, leaf) for at, one in enumerate(together)}
+        self._at: dict[str, tuple[MaskedParameter, int]] = {}
+        self._forwards: list[tuple[nn.Module, Any]] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The model's forwards go through the masked parameters inside the body; after it the model is as it was."""
-        forwards = []
         try:
-            for owner, leaf, masked in self._places:
-                parametrize.register_parametrization(owner, leaf, masked, unsafe=True)
-                if any(target.view.expert is not None for target in masked.targets):
-                    forwards.append((owner, owner.__dict__.get("forward")))
-                    owner.forward = partial(_once, owner.forward)
+            for layer in dict.fromkeys(target.layer for target in self.targets):
+                self.install(layer)
             yield
         finally:
-            for owner, own in reversed(forwards):
+            for owner, own in reversed(self._forwards):
                 owner.__dict__.pop("forward", None)
                 if own is not None:
                     owner.forward = own
@@ -201,9 +190,27 @@ class MaskedModel:
                 if parametrize.is_parametrized(owner, leaf):
                     parametrize.remove_parametrizations(owner, leaf, leave_parametrized=False)
 
+    def install(self, layer: nn.Module) -> None:
+        """Mask the parameters of one decoder layer, whose weights are in memory; their states begin here."""
+        by_parameter: defaultdict[str, list[Target]] = defaultdict(list)
+        for target in self.targets:
+            if target.layer is layer:
+                by_parameter[target.parameter].append(target)
+        for together in by_parameter.values():
+            owner, leaf = _owner(together[0])
+            stored = getattr(owner, leaf).detach()
+            states = [_begin(one, stored, self.method, self._priors[one.name], self._seed) for one in together]
+            masked = MaskedParameter(together, states, self.method, self.phase, self._seed)
+            self._places.append((owner, leaf, masked))
+            self._at |= {one.name: (masked, at) for at, one in enumerate(together)}
+            parametrize.register_parametrization(owner, leaf, masked, unsafe=True)
+            if any(target.view.expert is not None for target in together):
+                self._forwards.append((owner, owner.__dict__.get("forward")))
+                owner.forward = partial(_once, owner.forward)
+
     def state(self, name: str) -> State:
         """What is learned for a linear: the parameters themselves."""
-        masked, at, _, _ = self._at[name]
+        masked, at = self._at[name]
         return masked.state(at)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -212,20 +219,25 @@ class MaskedModel:
             f"{target.name}:{key}": value for target in self.targets for key, value in self.state(target.name).items()
         }
 
-    def weight(self, target: Target) -> Tensor:
-        """The dense weight of a linear, fp32 (out, in)."""
-        _, _, owner, leaf = self._at[target.name]
-        parametrized: Any = owner.parametrizations
-        stored: Tensor = parametrized[leaf].original
-        return target.view.of(stored).detach().float()
+    def linears(self) -> Iterator[tuple[Target, Tensor, State]]:
+        """Each linear with its dense weight, fp32 (out, in) and whole, and with its state as it lies.
+
+        One stored parameter is gathered at a time; collective where the model is sharded.
+        """
+        for owner, leaf, masked in self._places:
+            parametrized: Any = owner.parametrizations
+            stored = whole(parametrized[leaf].original)
+            for at, target in enumerate(masked.targets):
+                yield target, target.view.of(stored).float(), masked.state(at)
 
     @torch.no_grad()
     def hard_bits(self) -> dict[str, Tensor]:
-        """Linear name -> packed mask that its state stands for, on the CPU."""
-        return {
-            one.name: masks.pack(self.method.hard_mask(self.weight(one), self.state(one.name), one.pattern)).cpu()
-            for one in self.targets
-        }
+        """Linear name -> packed mask that its state stands for, on the CPU; all of them in every process."""
+        found = {}
+        for one, weight, lying in self.linears():
+            with in_one_piece(lying) as state:
+                found[one.name] = masks.pack(self.method.hard_mask(weight, state, one.pattern)).cpu()
+        return found
 
 
 def _begin(target: Target, stored: Tensor, method: WholeModel, prior: Tensor, seed: int) -> State:

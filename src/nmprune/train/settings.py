@@ -24,6 +24,9 @@ class TrainRecipe:
     top_k: int = _option(0, "kl: the dense model's so many likeliest tokens, the rest as one; 0 = all")
     autocast: bool = _option(False, "forwards in bfloat16; learned state and masks stay fp32")
     activation_checkpointing: bool = _option(False, "decoder layers are run again on the way back and keep less memory")
+    shard: bool = _option(
+        False, "several processes: each holds its share of weights and learned state, not all (FSDP2)"
+    )
     eval_every: int = _option(20, "steps between two judgements of the hard masks on held-out sequences")
     patience: int = _option(0, "judgements without a better mask before it stops; 0 = never")
     guard: bool = _option(True, "the prior masks stay where no learned ones have a lower held-out loss")

@@ -185,7 +185,14 @@ def test_too_little_room_is_seen_beforehand(base: Checkpoint, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "quota"), (errno.EROFS, "read-only")]
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.ENOENT, "no folder can be made there"),
+        (errno.EIO, os.strerror(errno.EIO)),
+    ],
 )
 def test_disk_that_refuses(
     base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
@@ -196,6 +203,20 @@ def test_disk_that_refuses(
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(InputError, match=rf"out: cannot be written: .*{words}.* needs [\d,]+ bytes; nothing was kept"):
         write_checkpoint(base, tmp_path / "out", unchanged, [], {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
+def test_a_name_that_is_too_long(base: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be looked at: the name is too long\. Choose another place"):
+        write_checkpoint(base, tmp_path / ("x" * 300), unchanged, [], {})
+
+
+def test_a_reader_that_goes_away_is_not_the_disk(base: Checkpoint, tmp_path: Path) -> None:
+    def gone(n_bytes: int) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        write_checkpoint(base, tmp_path / "out", unchanged, [], {}, gone)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
 
 

@@ -19,14 +19,6 @@ ALL = ("ffn", "heads", "residual")
 OPTIONS = StreamOptions(batch_size=2)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def steps(model, kinds=ALL, *, windows="calibrated", pattern=PATTERN, exclude=(), options=OPTIONS):
     decoder = model if isinstance(model, DecoderModel) else DecoderModel.from_model(model)
     given = tiny_models.windows() if windows == "calibrated" else windows

@@ -12,14 +12,6 @@ from nmprune.prepare import swap_search
 from nmprune.prepare.swap_search import retained, search
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def scores(rows, columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
     spread = torch.randn(columns, generator=generator).exp()

@@ -16,14 +16,6 @@ from nmprune.stream import DecoderModel, LayerStep, select
 CHOICES = parse_choices(["1:4", "2:4", "3:4", "dense"])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def measured(model, windows=None, owl_m=None, exclude=()):
     decoder = model if isinstance(model, DecoderModel) else DecoderModel.from_model(model)
     selections = select(decoder, Pattern(2, 4), exclude)

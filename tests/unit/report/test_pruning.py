@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nmprune.report import role_table, totals
-from nmprune.results import DenseResult, LearnedLayerResult, LearningResult, LinearResult, Results
+from nmprune.results import DenseResult, LinearResult, Results
 
 
 def linear(
@@ -78,22 +78,3 @@ def test_totals_of_a_frozen_method_without_calibration():
     assert found["weights"] == "112 of 224 kept, each as it was"
     assert found["calibration"] == "none needed"
     assert not {"sessions", "peak memory", "peak on the device"} & found.keys()
-
-
-def test_totals_say_whose_masks_a_learner_took():
-    def words(results: Results) -> dict[str, str]:
-        return {row[0]: row[1] for row in totals(results).rows}
-
-    assert "learning" not in words(RESULTS)
-    whole = LearningResult("kl", 6, 384, 0.4, 64, 1.25, 1.25, 6, 1.5, 0.1, 1.5, 0.1, guarded=True)
-    told = "held-out loss 1.2500 with the prior's masks, 1.5000 learned"
-    guarded = words(replace(RESULTS, learning=whole))["learning"]
-    assert guarded == told + ": the prior's were taken (the guard)"
-    assert words(replace(RESULTS, learning=replace(whole, guarded=False)))["learning"] == told
-    taken = LearnedLayerResult(0, 6, 0.5, 0.4, accepted=True)
-    refused = LearnedLayerResult(1, 6, 0.5, 0.5, accepted=False)
-    both = words(replace(RESULTS, learned_layers=(taken, refused)))["learning"]
-    assert both == "learned masks in 1 of 2 decoder layers, the prior's in the others (the guard)"
-    assert words(replace(RESULTS, learned_layers=(taken,)))["learning"] == "learned masks in 1 of 1 decoder layers"
-    unjudged = words(replace(RESULTS, learned_layers=(LearnedLayerResult(0, 6, accepted=True),)))["learning"]
-    assert unjudged == "nothing was held out: the learned masks were not judged"

@@ -11,9 +11,9 @@ def test_shares_are_of_groups():
     roles, by_layer = regeneration_tables("title", linears, layers)
     assert roles.rows == (("q", "200", "75.0%", "50.0%", "45.0%"), ("up", "300", "60.0%", "90.0%", "80.0%"))
     assert roles.total == ("all", "500", "66.0%", "74.0%", "66.0%")
-    assert by_layer.rows[0] == ("0", "400", "70.0%", "80.0%", "70.0%", "learned", "0.1", "0.2", "0.3")
-    assert by_layer.rows[1][5:] == ("the prior's", "", "", "")
-    assert by_layer.rows[2] == ("2", "0", "", "", "", "", "1", "2", "")
+    assert by_layer.rows[0] == ("0", "70.0%", "80.0%", "70.0%", "learned", "0.1", "0.2", "0.3")
+    assert by_layer.rows[1][4:] == ("prior's", "", "", "")
+    assert by_layer.rows[2] == ("2", "", "", "", "", "1", "2", "")
 
 
 def test_without_a_prior():

@@ -33,14 +33,6 @@ from nmprune.train.masked_low_rank import MaskedLowRank
 from runs import hashes, mtimes, output
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, Path]:
     """A model and a finished run of it."""
@@ -383,14 +375,16 @@ class TestVerify:
 
 
 def test_bfloat16_forwards_where_the_processor_is_fast_at_them(monkeypatch):
-    from nmprune.run.finetune import _autocast
+    from nmprune.run.finetune_parent import uses_autocast
 
     cpu = torch.device("cpu")
     for check in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, check, lambda: False, raising=False)
-    assert not _autocast("auto", cpu) and _autocast("yes", cpu)
+    assert not uses_autocast("auto", cpu) and uses_autocast("yes", cpu)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    assert _autocast("auto", cpu) and not _autocast("no", cpu) and not _autocast("auto", torch.device("mps"))
+    assert (
+        uses_autocast("auto", cpu) and not uses_autocast("no", cpu) and not uses_autocast("auto", torch.device("mps"))
+    )
 
 
 def test_checkpoints_are_kept_so_often(parent, tmp_path, monkeypatch):

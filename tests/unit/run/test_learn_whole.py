@@ -213,12 +213,13 @@ def test_a_plan_says_memory_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert any("10 steps, 320 tokens, loss kl" in note for note in found.notes)
     device = plan(Recipe(str(model), MaskLLM(), nmprune.Pattern(2, 4), **given), device_memory=1 << 30)
     assert device.seconds is None and "libraries" not in device.memory["learning"]
-    saved = dataclasses.replace(given["train"], activation_checkpointing=True)
+    saved = dataclasses.replace(given["train"], activation_checkpointing=True, shard=True)
     recomputing = plan(
         Recipe(str(model), MaskLLM(), nmprune.Pattern(2, 4), **{**given, "train": saved}), timed=False, out=tmp_path
     )
     key = "masked weights and activations"
     assert recomputing.memory["learning"][key] < parts[key]
+    assert any("counted as in one process that holds all: train.shard spreads it" in note for note in recomputing.notes)
 
 
 def test_metrics_after_a_checkpoint_and_a_cut_off_line_are_dropped(tmp_path: Path) -> None:

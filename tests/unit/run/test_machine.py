@@ -53,7 +53,6 @@ def test_threads_are_set_only_where_asked():
     assert torch.get_num_threads() == before
     Machine(threads=before + 1).set_threads()
     assert torch.get_num_threads() == before + 1
-    torch.set_num_threads(before)
 
 
 def test_the_description_says_where_numbers_come_from():

@@ -31,12 +31,9 @@ ALL = ("ffn", "heads", "residual")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The model, and a run of it with every kind of permutation; to be copied, not changed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("made")
     base = tiny_runs.model(place / "base", max_shard_size="40KB")
     prune(base, place / "run", permute="all")
-    torch.set_num_threads(before)
     return base, place / "run"
 
 

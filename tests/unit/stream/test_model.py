@@ -38,6 +38,23 @@ def test_a_loaded_layer_equals_what_transformers_loads(name, tmp_path):
         assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "mixtral"])
+def test_a_twin_is_the_same_model_and_keeps_what_is_brought_in(name, tmp_path):
+    decoder = DecoderModel.open(tiny_models.save(name, tmp_path))
+    twin = decoder.twin()
+    twin.bring_in(0)
+    assert not any(parameter.is_meta for parameter in twin.layers[0].parameters())
+    assert all(parameter.is_meta for parameter in twin.layers[1].parameters())
+    twin.bring_in(1)
+    twin.bring_in(None)
+    expected = tiny_models.build(name).state_dict()
+    found = twin.model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    head, embedding = twin.model.get_output_embeddings(), twin.model.get_input_embeddings()
+    assert (head.weight is embedding.weight) == bool(twin.model.all_tied_weights_keys)
+    assert all(parameter.is_meta for parameter in decoder.model.parameters())
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss"])
 def test_a_weight_is_the_disks_own_matrix(name, tmp_path):
     decoder = DecoderModel.open(tiny_models.save(name, tmp_path, dtype=torch.bfloat16))

@@ -133,4 +133,4 @@ def test_a_model_in_bfloat16_keeps_its_state_in_float32():
         phase.kind = "learn"
         assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
         assert all(value.dtype == torch.float32 for value in masked.parameters().values())
-        assert masked.weight(masked.targets[0]).dtype == torch.float32
+        assert next(masked.linears())[1].dtype == torch.float32

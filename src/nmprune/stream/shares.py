@@ -68,7 +68,8 @@ def share_of(n_sequences: int, batch_size: int, n_apart: int, n_segments: int, p
         n_sequences: of the run.
         batch_size: sequences per forward.
         n_apart: the last so many sequences have batches of their own; 0 = none.
-        n_segments: into how many segments the batches are cut.
+        n_segments: into how many segments the batches are cut; never more than there are batches, so that every process has
+            some.
         processes: those of the run.
 
     Raises:
@@ -82,6 +83,7 @@ def share_of(n_sequences: int, batch_size: int, n_apart: int, n_segments: int, p
             f"{n_segments} segments. Start fewer, or have more of both: --set stream.sum_segments={n_processes}, a smaller "
             "--set stream.batch_size, or a larger --n-sequences."
         )
+    n_segments = min(n_segments, len(everything))
     bounds = [len(everything) * segment // n_segments for segment in range(n_segments + 1)]
     own: list[int] = []
     turns = []

@@ -69,6 +69,11 @@ def test_local_numbers():
     assert share_of(5, 2, 0, 8, ALONE).local(torch.tensor([4, 1])).tolist() == [4, 1]
 
 
+def test_with_fewer_batches_than_segments_every_process_has_sequences():
+    found = shares(8, batch_size=2, n_apart=0, n_segments=8, n_processes=2)
+    assert [one.sequences.tolist() for one in found] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
 @pytest.mark.parametrize(("n_segments", "batch_size"), [(2, 1), (8, 4)])
 def test_more_processes_than_pieces(n_segments, batch_size):
     with pytest.raises(InputError, match=r"3 processes cannot share .*Start fewer, or .*stream.sum_segments=3"):

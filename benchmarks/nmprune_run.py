@@ -96,6 +96,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, object]:
         "global_sparsity": results.global_sparsity,
         "updates_weights": results.updates_weights,
         "output_error": mean(one.output_error for one in results.linears),
+        "layers_accepted": [one.accepted for one in results.learned_layers],
         "guarded": mean(one.notes.get("reconstruct_taken") for one in results.linears),
     }
 

@@ -159,6 +159,14 @@ def show(ledger: Ledger) -> None:
     if guarded:
         share = f"{min(guarded):.0%} to {max(guarded):.0%}"
         notes.append(f"Reconstruct's held-out guard took the new weights of {share} of the linears.")
+    for row in ledger.rows:
+        accepted = row["values"].get("run", {}).get("layers_accepted")
+        if accepted:
+            key = row["key"]
+            which = f"{key['method']}, {key['pattern']}, {key['n_sequences']} sequences, seed {key['seed']}"
+            notes.append(
+                f"Guard of {which}: learned masks taken in {accepted.count(True)} of {len(accepted)} decoder layers."
+            )
     notes.append("Head and embedding stay dense, and no other linear. Run: everything after the imports.")
     ledger.show("One-shot methods on the same tokens", tables, notes)
 

@@ -129,9 +129,9 @@ class Lifeline:
     def _lose(self, words: str) -> None:
         if self.lost is None:
             self.lost = words
-            self._is_lost.set()
             if self._rank == 0:
                 self.say({"lost": words})
+            self._is_lost.set()  # last: the main thread may end this process at once, and the others must know by then
 
 
 def _listening() -> socket.socket:

@@ -291,7 +291,8 @@ def _end_when_lost(processes: Processes, lifeline: Lifeline) -> None:
         # torchrun terminates all its processes when one is gone: whoever it was is about to be known
         if lifeline.told:
             return
-        lost = lifeline.verdict(1.0) if lifeline.working else None
+        # another process may fail before this one has begun to work
+        lost = lifeline.verdict(1.0) if lifeline.working else lifeline.lost
         if lost is None:
             raise SystemExit(128 + number)
         lifeline.told = True

@@ -212,7 +212,7 @@ class Bench:
 def show(ledger: Ledger) -> None:
     rows = ledger.rows
     texts = list(dict.fromkeys(name for row in rows for name in row["values"]["nlls"]))
-    heads = ["masks", "prior", "tokens", "seed", *(f"token perplexity, {name}" for name in texts)]
+    heads = ["masks", "prior", "calibrated on", "tokens", "seed", *(f"token perplexity, {name}" for name in texts)]
     heads += [f"less than the prior, {name}" for name in texts]
     heads += ["with the guard", "groups flipped", "steps", "epochs", "run (s)", "peak (MiB)", f"{TARGET:.0%} target"]
     body = [cells(row, rows, texts) for row in rows]
@@ -252,7 +252,12 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]], texts: list[str]) -> 
     run = values.get("run")
     cost = [f"{run['run_seconds']:,.0f}", mebibytes(run["peak_memory"])] if run else ["", ""]
     less = [f"{one[0]:+.1%} +- {one[1]:.1%}" if one else "" for one in gains]
-    where = [key.get("prior", ""), f"{key['tokens']:,}" if "tokens" in key else "", str(key.get("seed", ""))]
+    where = [
+        key.get("prior", ""),
+        key.get("text", ""),
+        f"{key['tokens']:,}" if "tokens" in key else "",
+        str(key.get("seed", "")),
+    ]
     return [key["what"], *where, *shown, *less, guarded, flips, steps, epochs, *cost, target]
 
 

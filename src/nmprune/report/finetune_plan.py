@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nmprune.report.layout import Table, facts
-from nmprune.report.plan import amounts_table, memory_table
+from nmprune.report.plan import Needs
 from nmprune.report.quantities import duration, size
 
 
 @dataclass(frozen=True)
-class FinetunePlan:
+class FinetunePlan(Needs):
     """What a finetuning will need.
 
     Attributes:
@@ -53,16 +53,6 @@ class FinetunePlan:
     seconds: dict[str, float] | None
     notes: tuple[str, ...]
 
-    @property
-    def fits(self) -> bool:
-        """Whether the peak stays within the limit."""
-        return self.peak_memory <= self.limit
-
-    @property
-    def total_seconds(self) -> float | None:
-        """All phases together."""
-        return None if self.seconds is None else sum(self.seconds.values())
-
 
 def finetune_plan_tables(plan: FinetunePlan) -> list[Table]:
     """The plan in a few facts, then memory, disk and time."""
@@ -88,8 +78,4 @@ def finetune_plan_tables(plan: FinetunePlan) -> list[Table]:
             **{("note" if i == 0 else " " * i): note for i, note in enumerate(plan.notes)},
         },
     )
-    tables = [overview, memory_table(plan.memory)]
-    tables.append(amounts_table("disk", {part: size(n_bytes) for part, n_bytes in plan.disk.items()}))
-    if plan.seconds is not None:
-        tables.append(amounts_table("time", {phase: duration(value) for phase, value in plan.seconds.items()}))
-    return tables
+    return [overview, *plan.need_tables()]

@@ -25,8 +25,37 @@ class RolePlan:
     weights: int
 
 
+class Needs:
+    """What every plan says of memory, disk and time; the fields are those of the plan."""
+
+    memory: dict[str, dict[str, int]]
+    peak_memory: int
+    limit: int
+    disk: dict[str, int]
+    seconds: dict[str, float] | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak stays within the limit."""
+        return self.peak_memory <= self.limit
+
+    @property
+    def total_seconds(self) -> float | None:
+        """All phases together."""
+        return None if self.seconds is None else sum(self.seconds.values())
+
+    def need_tables(self) -> list[Table]:
+        """Memory by stage and part, disk, and time where it is known."""
+        rows = tuple((stage, part, size(n)) for stage, parts in self.memory.items() for part, n in parts.items())
+        tables = [Table("memory, by stage (the largest stage is the peak)", ("stage", "what", "size>"), rows)]
+        tables.append(_amounts("disk", {part: size(n_bytes) for part, n_bytes in self.disk.items()}))
+        if self.seconds is not None:
+            tables.append(_amounts("time", {phase: duration(value) for phase, value in self.seconds.items()}))
+        return tables
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(Needs):
     """What a run will need.
 
     Attributes:
@@ -67,16 +96,6 @@ class Plan:
     seconds: dict[str, float] | None
     notes: tuple[str, ...]
 
-    @property
-    def fits(self) -> bool:
-        """Whether the peak stays within the limit."""
-        return self.peak_memory <= self.limit
-
-    @property
-    def total_seconds(self) -> float | None:
-        """All phases together."""
-        return None if self.seconds is None else sum(self.seconds.values())
-
 
 def plan_tables(plan: Plan) -> list[Table]:
     """The plan in a few facts, then linears, what stays dense, memory, disk and time."""
@@ -104,19 +123,10 @@ def plan_tables(plan: Plan) -> list[Table]:
     tables = [overview, Table("to be pruned", ("role", "count>", "out x in", "weights>"), rows)]
     dense = tuple((name, f"{count:,}", reason) for name, count, reason in plan.dense)
     tables.append(Table("to stay dense", ("name", "count>", "why"), dense))
-    tables.append(memory_table(plan.memory))
-    tables.append(amounts_table("disk", {part: size(n_bytes) for part, n_bytes in plan.disk.items()}))
-    if plan.seconds is not None:
-        tables.append(amounts_table("time", {phase: duration(seconds) for phase, seconds in plan.seconds.items()}))
+    tables += plan.need_tables()
     return tables
 
 
-def memory_table(memory: dict[str, dict[str, int]]) -> Table:
-    """Stage -> part -> bytes."""
-    rows = tuple((stage, part, size(n_bytes)) for stage, parts in memory.items() for part, n_bytes in parts.items())
-    return Table("memory, by stage (the largest stage is the peak)", ("stage", "what", "size>"), rows)
-
-
-def amounts_table(title: str, parts: dict[str, str]) -> Table:
+def _amounts(title: str, parts: dict[str, str]) -> Table:
     """Name -> amount, in words."""
     return Table(title, ("", ">"), tuple(parts.items()))

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measurement import Ledger, Table, add_text_flags, find_data, mebibytes, parser, text_source, verdict
+from measurement import (
+    Ledger,
+    Table,
+    add_device_flag,
+    add_text_flags,
+    device_of,
+    find_data,
+    mebibytes,
+    parser,
+    text_source,
+    verdict,
+)
 from torch import Tensor
 
 from nmprune.calibration import consecutive_windows, load_text
@@ -43,7 +54,10 @@ def main() -> None:
     texts = {name: evaluation_windows(arguments, name) for name in arguments.texts}
     common = {"model": arguments.model, "windows": arguments.max_windows, "texts": " ".join(sorted(texts))}
     common["seq_len"] = arguments.seq_len
-    ledger.row({**common, "what": "dense"}, lambda: {"perplexity": perplexities(locate(arguments.model), texts)})
+    ledger.row(
+        {**common, "what": "dense"},
+        lambda: {"perplexity": perplexities(locate(arguments.model), texts, device_of(arguments))},
+    )
     with tempfile.TemporaryDirectory(prefix="nmprune-finetune-", dir=arguments.folder) as place:
         start = arguments.start or Path(place, "start")
         before = {"method": arguments.method, "pattern": arguments.pattern, "n_sequences": arguments.n_sequences}
@@ -59,6 +73,7 @@ def main() -> None:
 
 def read_arguments() -> argparse.Namespace:
     made = parser(__doc__ or "")
+    add_device_flag(made)
     add_text_flags(made, n_sequences=64)
     made.add_argument("--start", type=Path, help="a finished run to start from, in place of pruning one")
     made.add_argument("--method", default="descent+reconstruct", help="what prunes the start")
@@ -79,9 +94,9 @@ def evaluation_windows(arguments: argparse.Namespace, name: str) -> Tensor:
     return consecutive_windows(load_text(name, "evaluation"), tokenizer, arguments.seq_len, arguments.max_windows)
 
 
-def perplexities(folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+def perplexities(folder: Path, texts: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
     """Text -> perplexity and its standard error."""
-    model = DecoderModel.open(folder, allow_sparse=True)
+    model = DecoderModel.open(folder, allow_sparse=True, device=device)
     found = {}
     for name, windows in texts.items():
         text = load_text(name, "evaluation")
@@ -97,12 +112,16 @@ def pruned(arguments: argparse.Namespace, run: Path) -> Path:
         calibration = {"source": text_source(arguments.calibration), "n_sequences": arguments.n_sequences}
         raw = {"model": str(locate(arguments.model)), "method": method, "pattern": arguments.pattern}
         raw |= {"seed": arguments.seed, "calibration": {**calibration, "seq_len": arguments.seq_len}}
-        prune_run(Recipe.from_dict({**raw, **dict.fromkeys(steps, "true")}), run, Machine(threads=arguments.threads))
+        prune_run(
+            Recipe.from_dict({**raw, **dict.fromkeys(steps, "true")}),
+            run,
+            Machine(arguments.device, threads=arguments.threads),
+        )
     return run
 
 
 def measure_start(arguments: argparse.Namespace, start: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
-    return {"perplexity": perplexities(pruned(arguments, start) / "model", texts)}
+    return {"perplexity": perplexities(pruned(arguments, start) / "model", texts, device_of(arguments))}
 
 
 def measure(
@@ -118,12 +137,14 @@ def measure(
         batch_size=arguments.batch_size,
         **VARIANTS[variant],
     )
-    results = finetune_run(pruned(arguments, start), settings, out, Machine(threads=arguments.threads))
+    results = finetune_run(
+        pruned(arguments, start), settings, out, Machine(arguments.device, threads=arguments.threads)
+    )
     found, proof = results.finetune, verify_run(out)
     assert found is not None and proof.report is not None
     curve = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     values = {
-        "perplexity": perplexities(out / "model", texts),
+        "perplexity": perplexities(out / "model", texts, device_of(arguments)),
         "masks_intact": proof.ok,
         "n_masked": proof.report.n_masked,
         "n_tokens": found.n_tokens,
@@ -145,7 +166,7 @@ def show(ledger: Ledger) -> None:
     names = list(dict.fromkeys(name for row in ledger.rows for name in row["values"]["perplexity"]))
     labels = {name: one["label"] for row in ledger.rows for name, one in row["values"]["perplexity"].items()}
     dense = {of_model(row): row["values"]["perplexity"] for row in ledger.rows if row["key"]["what"] == "dense"}
-    columns = ["what", "start", *(f"token perplexity, {labels[name]}" for name in names)]
+    columns = ["what", "start", "device", *(f"token perplexity, {labels[name]}" for name in names)]
     columns += [f"x dense, {name}" for name in names] + [
         "masks intact",
         "tokens",
@@ -215,7 +236,7 @@ def cells(row: dict[str, Any], names: list[str], dense: dict[str, Any]) -> list[
         rest = ["yes" if values["masks_intact"] else "NO", f"{values['n_tokens']:,}", str(values["steps"])]
         rest += [str(values["best_step"]), f"{values['seconds']:,.0f}"]
         rest.append("" if values["peak_memory"] is None else mebibytes(values["peak_memory"]))
-    return [what, start, *shown, *ratios, *rest]
+    return [what, start, key.get("device", "cpu"), *shown, *ratios, *rest]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,19 @@ from typing import Any
 
 import torch
 import yaml
-from measurement import Ledger, Table, find_data, mebibytes, parser, run_child, save_windows, verdict
+from measurement import (
+    Ledger,
+    Table,
+    add_device_flag,
+    device_of,
+    device_peak,
+    find_data,
+    mebibytes,
+    parser,
+    run_child,
+    save_windows,
+    verdict,
+)
 from own_text import STORIES, model_folder, windows_of
 from torch import Tensor
 
@@ -72,6 +84,7 @@ def main() -> None:
 
 def read_arguments() -> argparse.Namespace:
     made = parser(__doc__ or "")
+    add_device_flag(made)
     made.add_argument("--model", default=STORIES, help="stories260k, smollm2-135m, or what nmprune prune takes")
     made.add_argument(
         "--text", default="own", help="calibration text; own: sampled from the model; or c4, auto, a file"
@@ -124,7 +137,7 @@ class Bench:
 
     def nlls(self, folder: Path) -> dict[str, list[float]]:
         """Text -> mean cross-entropy of each window."""
-        model = DecoderModel.open(folder, allow_sparse=True)
+        model = DecoderModel.open(folder, allow_sparse=True, device=device_of(self.arguments))
         return {name: streamed_nlls(model, windows).tolist() for name, windows in self.texts.items()}
 
     def windows(self, tokens: int, seed: int) -> tuple[Tensor, str, int]:
@@ -175,6 +188,7 @@ class Bench:
         (self.place / "recipe.yaml").write_text(yaml.safe_dump(written))
         run = self.place / "run"
         words = ["prune", "--model", self.model, "--recipe", self.place / "recipe.yaml", "--out", run]
+        words += ["--device", self.arguments.device]
         measured = run_child(sys.executable, "nmprune_run.py", words, self.arguments.threads)
         values = {"nlls": self.nlls(run / "model"), "run": measured, "calibration": origin, "n_windows": len(windows)}
         results = json.loads((run / "results.json").read_text())
@@ -212,9 +226,18 @@ class Bench:
 def show(ledger: Ledger) -> None:
     rows = ledger.rows
     texts = list(dict.fromkeys(name for row in rows for name in row["values"]["nlls"]))
-    heads = ["masks", "prior", "calibrated on", "tokens", "seed", *(f"token perplexity, {name}" for name in texts)]
+    heads = [
+        "masks",
+        "prior",
+        "calibrated on",
+        "tokens",
+        "seed",
+        "device",
+        *(f"token perplexity, {name}" for name in texts),
+    ]
     heads += [f"less than the prior, {name}" for name in texts]
-    heads += ["with the guard", "groups flipped", "steps", "epochs", "run (s)", "peak (MiB)", f"{TARGET:.0%} target"]
+    heads += ["with the guard", "groups flipped", "steps", "epochs", "run (s)", "peak (MiB)"]
+    heads += ["device peak (MiB)", f"{TARGET:.0%} target"]
     body = [cells(row, rows, texts) for row in rows]
     tables = [Table("Learned masks beside their prior", heads, body), curves(rows), one_network(rows, texts)]
     origins = sorted({row["values"]["calibration"] for row in rows if "calibration" in row["values"]})
@@ -250,13 +273,14 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]], texts: list[str]) -> 
     if guarded and prior:
         target = verdict(all(one is not None and one[0] >= TARGET for one in gains))
     run = values.get("run")
-    cost = [f"{run['run_seconds']:,.0f}", mebibytes(run["peak_memory"])] if run else ["", ""]
+    cost = [f"{run['run_seconds']:,.0f}", mebibytes(run["peak_memory"]), device_peak(run)] if run else [""] * 3
     less = [f"{one[0]:+.1%} +- {one[1]:.1%}" if one else "" for one in gains]
     where = [
         key.get("prior", ""),
         key.get("text", ""),
         f"{key['tokens']:,}" if "tokens" in key else "",
         str(key.get("seed", "")),
+        key.get("device", "cpu"),
     ]
     return [key["what"], *where, *shown, *less, guarded, flips, steps, epochs, *cost, target]
 

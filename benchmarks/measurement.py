@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -47,6 +48,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def add_device_flag(made: argparse.ArgumentParser) -> None:
+    """A flag for benchmarks that can also work on an accelerator; one without it measures the CPU."""
+    made.add_argument(
+        "--device", default="auto", help="as nmprune's: auto (cuda, else mps, else cpu), cpu, cuda, cuda:N"
+    )
+
+
 def add_text_flags(made: argparse.ArgumentParser, n_sequences: int = 32, seq_len: int = 512) -> None:
     """Flags for what a method calibrates on."""
     made.add_argument("--model", default="smollm2-135m", help="HF folder, .gguf file, hub id, or smollm2-135m")
@@ -61,6 +69,21 @@ def add_calibration_flags(made: argparse.ArgumentParser) -> None:
         "--calibration", default="auto", help="text source; auto: c4 where found, else builtin; or random"
     )
     made.add_argument("--seed", type=int, default=0, help="chooses the windows")
+
+
+def device_of(arguments: argparse.Namespace) -> torch.device:
+    """What --device means on this machine; the CPU where a benchmark has no such flag."""
+    from nmprune.run import Machine
+
+    return Machine(device=getattr(arguments, "device", "cpu")).resolve()
+
+
+def device_name(arguments: argparse.Namespace) -> str:
+    """The accelerator's name; "cpu" where there is none."""
+    import torch
+
+    device = device_of(arguments)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 # -- calibration tokens -------------------------------------------------------------------------------------------------
@@ -134,7 +157,12 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> tuple[str, bool]:
-    """The commit, and whether tracked or new files differ from it (result files aside)."""
+    """The commit, and whether tracked or new files differ from it (result files aside).
+
+    A copy of the working tree without .git is told its commit by $NMPRUNE_BENCH_COMMIT.
+    """
+    if given := os.environ.get("NMPRUNE_BENCH_COMMIT"):
+        return given, False
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
@@ -304,6 +332,12 @@ def mebibytes(n_bytes: float) -> str:
     return f"{n_bytes / MEBI:,.0f}"
 
 
+def device_peak(run: dict[str, Any]) -> str:
+    """What a run took on its accelerator at most, MiB; nothing on a CPU, and in rows from before it was noted."""
+    taken = run.get("device_peak_memory")
+    return "" if taken is None else mebibytes(taken)
+
+
 def verdict(met: bool) -> str:
     """How a target came out."""
     return "met" if met else "MISSED"
@@ -326,6 +360,8 @@ class Ledger:
         self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
         self._name, self._fresh = name, arguments.fresh
         self._common = {"processor": processor(), "threads": arguments.threads}
+        if (device := device_name(arguments)) != "cpu":
+            self._common["device"] = device
         arguments.results.mkdir(parents=True, exist_ok=True)
         self._json = arguments.results / f"{name}.json"
         self._markdown = arguments.results / f"{name}.md"
@@ -371,9 +407,8 @@ class Ledger:
         lines: dict[str, None] = {}
         for row in self.rows:
             measured = row["measured"]
-            lines[f"hardware: {measured['processor']}, {measured['cores']} cores, threads {row['key']['threads']}"] = (
-                None
-            )
+            where = f"{measured['processor']}, {measured['cores']} cores, threads {row['key']['threads']}"
+            lines[f"hardware: {', '.join([where, *filter(None, [row['key'].get('device')])])}"] = None
         for row in self.rows:
             measured = row["measured"]
             tree = "with uncommitted changes" if measured["dirty"] else "clean"

@@ -40,6 +40,8 @@ def main() -> None:
     made.add_argument("--matrices", type=Path, help="weight and gram for the solver")
     made.add_argument("--report", type=Path, help="where the numbers go")
     made.add_argument("--threads", type=int, default=0)
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--dtype", default="auto")
     arguments = made.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -68,6 +70,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
             "method": {"name": name, **given},
             "pattern": arguments.pattern,
             "calibration": calibration,
+            "dtype": arguments.dtype,
             **steps,
         }
     )
@@ -84,13 +87,14 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, object]:
     import_seconds = since_started()
     peak = Peak()
     start = time.perf_counter()
-    results = prune_run(recipe_of(arguments), arguments.out, Machine(threads=arguments.threads))
+    results = prune_run(recipe_of(arguments), arguments.out, Machine(arguments.device, threads=arguments.threads))
     return {
         "import_seconds": import_seconds,
         "run_seconds": time.perf_counter() - start,
         "phases": results.seconds,
         "peak_memory": peak.bytes(),
         "peak_memory_in_results": results.peak_memory,
+        "device_peak_memory": results.device_peak_memory,
         "weights_in_linears": results.weights_in_linears,
         "weights_kept": results.weights_kept,
         "global_sparsity": results.global_sparsity,
@@ -103,7 +107,7 @@ def run_prune(arguments: argparse.Namespace) -> dict[str, object]:
 
 def run_plan(arguments: argparse.Namespace) -> dict[str, object]:
     start = time.perf_counter()
-    made = plan(recipe_of(arguments), Machine(threads=arguments.threads), out=arguments.out)
+    made = plan(recipe_of(arguments), Machine(arguments.device, threads=arguments.threads), out=arguments.out)
     return {
         "plan_seconds": time.perf_counter() - start,
         "phases": made.seconds,

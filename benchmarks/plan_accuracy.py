@@ -16,6 +16,7 @@ from measurement import (
     Ledger,
     Table,
     add_calibration_flags,
+    add_device_flag,
     mebibytes,
     parser,
     run_child,
@@ -40,6 +41,8 @@ def main() -> None:
         shape = random_llama.Shape(arguments.hidden, arguments.ffn, arguments.heads)
         for case in arguments.random_cases if arguments.random_layers else ():
             key = case_key(random_llama.describe(shape, arguments.random_layers), case)
+            if arguments.dtype != "auto":
+                key["dtype"] = arguments.dtype
             ledger.row(key, partial(measure, Path(place), key, arguments, shape))
     show(ledger)
 
@@ -60,6 +63,8 @@ def read_arguments() -> argparse.Namespace:
     made.add_argument(
         "--folder", type=Path, help="where to write models and runs (a temporary folder, deleted afterwards)"
     )
+    made.add_argument("--dtype", default="auto", help="what forwards compute in; auto: as the model was saved")
+    add_device_flag(made)
     add_calibration_flags(made)
     return made.parse_args()
 
@@ -88,6 +93,7 @@ def measure(
     run = place / "run"
     words = ["--model", model, "--method", key["method"], "--tokens", tokens, "--out", run]
     words += ["--n-sequences", key["n_sequences"], "--seq-len", key["seq_len"]]
+    words += ["--device", arguments.device, "--dtype", key.get("dtype", "auto")]
     planned = run_child(sys.executable, "nmprune_run.py", ["plan", *words], arguments.threads)
     measured = run_child(sys.executable, "nmprune_run.py", ["prune", *words], arguments.threads)
     shutil.rmtree(run)
@@ -98,10 +104,11 @@ def show(ledger: Ledger) -> None:
     rows, phase_rows = [], []
     for row in ledger.rows:
         key, planned, measured = row["key"], row["values"]["planned"], row["values"]["measured"]
-        name = f"{key['model']}, {key['method']}, {key['n_sequences']} x {key['seq_len']}, threads {key['threads']}"
-        memory = planned["peak_memory"] / measured["peak_memory"] - 1
+        name = f"{key['model']}, {key['method']}, {key['n_sequences']} x {key['seq_len']}, {where(key)}"
+        used = measured["device_peak_memory"] if "device" in key else measured["peak_memory"]
+        memory = planned["peak_memory"] / used - 1
         seconds = sum(planned["phases"].values()) / measured["run_seconds"] - 1
-        cells = [name, mebibytes(planned["peak_memory"]), mebibytes(measured["peak_memory"]), f"{memory:+.1%}"]
+        cells = [name, mebibytes(planned["peak_memory"]), mebibytes(used), f"{memory:+.1%}"]
         cells += [verdict(abs(memory) <= MEMORY_TARGET)]
         cells += [f"{sum(planned['phases'].values()):,.1f}", f"{measured['run_seconds']:,.1f}", f"{seconds:+.1%}"]
         rows.append([*cells, verdict(abs(seconds) <= TIME_TARGET)])
@@ -115,7 +122,8 @@ def show(ledger: Ledger) -> None:
         Table("Seconds by phase, planned / measured", ["run", *PHASES, "the rest"], phase_rows),
     ]
     notes = [
-        "Memory: peak RSS of the run's process less its RSS after the imports; mapped pages count. Seconds: the whole run after "
+        "Memory: peak RSS of the run's process less its RSS after the imports; mapped pages count; on a GPU what torch allocated "
+        "there at most. Seconds: the whole run after "
         "the imports. Error: planned / measured - 1; below zero: the run needed more than planned.",
         "Peak memory of results.json itself (made by the run, not by this command): "
         + ", ".join(_or_none(row["values"]["measured"]["peak_memory_in_results"]) for row in ledger.rows)
@@ -125,6 +133,12 @@ def show(ledger: Ledger) -> None:
         + ".",
     ]
     ledger.show("How well a plan foretells its run", tables, notes)
+
+
+def where(key: dict[str, Any]) -> str:
+    """What a row was measured on, and in which dtype where that is not the model's own."""
+    place = key.get("device") or f"threads {key['threads']}"
+    return f"{place}, {key['dtype']}" if "dtype" in key else place
 
 
 def _phase(planned: dict[str, Any], measured: dict[str, Any], phase: str) -> str:

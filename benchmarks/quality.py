@@ -14,7 +14,10 @@ import torch
 from measurement import (
     Ledger,
     Table,
+    add_device_flag,
     add_text_flags,
+    device_of,
+    device_peak,
     find_data,
     mebibytes,
     parser,
@@ -53,7 +56,7 @@ def main() -> None:
     calibration = text_source(arguments.calibration)
     with tempfile.TemporaryDirectory(prefix="nmprune-quality-", dir=arguments.folder) as place:
         key = {"model": arguments.model, "method": "dense", **size}
-        ledger.row(key, lambda: perplexities(locate(arguments.model), texts))
+        ledger.row(key, lambda: perplexities(locate(arguments.model), texts, device_of(arguments)))
         for method in arguments.methods:
             for seed in arguments.seeds:
                 key = {"model": arguments.model, "method": method, "pattern": arguments.pattern}
@@ -64,6 +67,7 @@ def main() -> None:
 
 def read_arguments() -> argparse.Namespace:
     made = parser(__doc__ or "")
+    add_device_flag(made)
     add_text_flags(made, n_sequences=16)
     made.add_argument(
         "--methods",
@@ -92,10 +96,10 @@ def held_out_windows(arguments: argparse.Namespace) -> Tensor:
     return consecutive_windows(text, tokenizer, arguments.seq_len, HELD_OUT_WINDOWS)
 
 
-def held_out_error(run: Path, unseen: Tensor) -> float:
+def held_out_error(run: Path, unseen: Tensor, device: torch.device) -> float:
     """Mean over linears of the relative squared output error on unseen text."""
     folder = RunFolder(run)
-    recipe, pruned = folder.read_recipe(), DecoderModel.open(folder.model, allow_sparse=True)
+    recipe, pruned = folder.read_recipe(), DecoderModel.open(folder.model, allow_sparse=True, device=device)
     base = Checkpoint.open(locate(recipe.model))
     if folder.permutation_file.is_file():
         base = permuted_base(folder, recipe, base)
@@ -103,9 +107,9 @@ def held_out_error(run: Path, unseen: Tensor) -> float:
     return sum(errors.values()) / len(errors)
 
 
-def perplexities(folder: Path, texts: dict[str, Tensor]) -> dict[str, Any]:
+def perplexities(folder: Path, texts: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
     """Text -> perplexity and its standard error."""
-    model = DecoderModel.open(folder, allow_sparse=True)
+    model = DecoderModel.open(folder, allow_sparse=True, device=device)
     found = {}
     for name, windows in texts.items():
         text = load_text(name, "evaluation")
@@ -123,9 +127,13 @@ def measure(
     tokens = save_windows(windows, origin, place / f"tokens-{key['seed']}")
     run = place / "run"
     words = ["--model", model, "--method", key["method"], "--pattern", key["pattern"], "--tokens", tokens, "--out", run]
-    words += ["--n-sequences", key["n_sequences"], "--seq-len", key["seq_len"]]
+    words += ["--n-sequences", key["n_sequences"], "--seq-len", key["seq_len"], "--device", arguments.device]
+    device = device_of(arguments)
     pruned = run_child(sys.executable, "nmprune_run.py", ["prune", *words], arguments.threads)
-    found = {**perplexities(run / "model", texts), "held_out_error": held_out_error(run, unseen)}
+    found = {
+        **perplexities(run / "model", texts, device),
+        "held_out_error": held_out_error(run, unseen, device),
+    }
     shutil.rmtree(run)
     return {**found, "run": pruned, "calibration": origin}
 
@@ -140,8 +148,23 @@ def show(ledger: Ledger) -> None:
             for row in ledger.rows
             if row["key"]["method"] == "dense" or row["values"]["run"]["updates_weights"] == moves
         ]
-        columns = ["method", "pattern", "calibration", "seed", *(f"token perplexity, {labels[name]}" for name in names)]
-        columns += ["output error", "on unseen text", "global sparsity", "run (s)", *PHASES, "peak (MiB)"]
+        columns = [
+            "method",
+            "pattern",
+            "calibration",
+            "seed",
+            "device",
+            *(f"token perplexity, {labels[name]}" for name in names),
+        ]
+        columns += [
+            "output error",
+            "on unseen text",
+            "global sparsity",
+            "run (s)",
+            *PHASES,
+            "peak (MiB)",
+            "device peak (MiB)",
+        ]
         tables.append(Table(title, columns, rows))
     sizes = {(row["key"]["windows"], row["key"]["seq_len"]) for row in ledger.rows}
     notes = [
@@ -176,7 +199,21 @@ def cells(row: dict[str, Any], names: list[str]) -> list[str]:
     scores = [values["perplexity"].get(name) for name in names]
     shown = [f"{one['value']:,.1f} +- {one['error']:,.1f}" if one else "" for one in scores]
     if key["method"] == "dense":
-        return ["dense", "", "", "", *shown, "0", "0", "0.0%", "", *["" for _ in PHASES], ""]
+        return [
+            "dense",
+            "",
+            "",
+            "",
+            key.get("device", "cpu"),
+            *shown,
+            "0",
+            "0",
+            "0.0%",
+            "",
+            *["" for _ in PHASES],
+            "",
+            "",
+        ]
     run = values["run"]
     calibration = f"{key['calibration']}, {key['n_sequences']} x {key['seq_len']}"
     errors = [run["output_error"], values["held_out_error"]]
@@ -188,9 +225,11 @@ def cells(row: dict[str, Any], names: list[str]) -> list[str]:
         key["pattern"],
         calibration,
         str(key["seed"]),
+        key.get("device", "cpu"),
         *shown,
         *numbers,
         mebibytes(run["peak_memory"]),
+        device_peak(run),
     ]
 
 

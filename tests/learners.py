@@ -35,7 +35,7 @@ def targets(model: PreTrainedModel, pattern: Pattern = PATTERN) -> list[Target]:
 
 def magnitudes(found: Sequence[Target]) -> dict[str, Tensor]:
     """Magnitude masks, packed."""
-    return {one.name: masks.pack(masks.from_scores(weight(one).abs(), one.pattern)) for one in found}
+    return {one.name: masks.pack(masks.from_scores(weight(one).abs(), one.pattern)).cpu() for one in found}
 
 
 def weight(target: Target) -> Tensor:

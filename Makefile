@@ -1,5 +1,5 @@
 # make demo | test | check do all their set-up in .venv first. Another interpreter: make PYTHON=python3.12 test
-.PHONY: demo test check format setup peers help
+.PHONY: demo test test-gpu check format setup peers help
 
 PYTHON ?= python3
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -11,6 +11,7 @@ READY := .venv/ready-$(PYTHON_VERSION)
 help:
 	@echo "make demo    prune a real model (SmolLM2-135M) by three methods, check it, measure it"
 	@echo "make test    the tests; some of them: make test PYTEST_ARGS='tests/unit -x'"
+	@echo "make test-gpu  what needs a CUDA device, beside the CPU; make test leaves it out"
 	@echo "make check   ruff, formatting, mypy, the layer rule"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make setup   only what the others do first: .venv with everything in it"
@@ -33,6 +34,9 @@ demo: $(READY)
 # One thread: the models in the tests are so small that two threads only wait for each other.
 test: $(READY)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(READY)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu tests/gpu
 
 check: $(READY)
 	$(BIN)/ruff check .

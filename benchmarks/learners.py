@@ -93,7 +93,7 @@ def read_arguments() -> argparse.Namespace:
     made.add_argument("--windows", type=int, default=128, help="windows of each text")
     made.add_argument("--methods", nargs="*", default=list(LEARNERS), help="learners; METHOD:PRESET,KEY=VALUE,...")
     made.add_argument("--one-shot", nargs="*", default=list(ONE_SHOT), help="rows beside them")
-    made.add_argument("--prior", default="wanda", help="of all learners; own: as each method or preset says")
+    made.add_argument("--prior", default="wanda", help="of all learners: a method or a mask file; own: as each says")
     made.add_argument("--pattern", default="2:4", help="N kept of M")
     made.add_argument("--tokens", nargs="+", type=int, default=[65536], help="calibration tokens; one row each")
     made.add_argument("--seq-len", type=int, default=128, help="tokens per window, of both texts")
@@ -171,7 +171,12 @@ class Bench:
         return self._run({**self.recipe(spec, seed), "train": None}, windows, origin)
 
     def prior(self, tokens: int, seed: int) -> dict[str, Any]:
-        """What all learners start from: on the windows that they learn from."""
+        """What all learners start from: masks of a file, or of a method on the windows that the learners learn from."""
+        if Path(self.arguments.prior).is_file():
+            apply_masks(Path(self.arguments.prior), str(self.model), self.place / "prior")
+            values = {"nlls": self.nlls(self.place / "prior")}
+            shutil.rmtree(self.place / "prior")
+            return values
         windows, origin, n_held_out = self.windows(tokens, seed)
         return self._run(self.recipe(self.arguments.prior, seed), windows[:-n_held_out], origin)
 

@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only tests/gpu may see a GPU: elsewhere `auto` would be that, and tests of processes fork after CUDA has begun."""
+    asked = config.option.markexpr == "gpu" or any("tests/gpu" in str(given) for given in config.args)
+    if not asked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True, scope="session")

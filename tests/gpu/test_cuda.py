@@ -11,7 +11,9 @@ from walks import layers_done, pruned, walk, wrong_share
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device is seen; where there is one: make test-gpu"
+    ),
 ]
 MOST_GROUPS = 0.005
 

@@ -27,7 +27,9 @@ from nmprune.train.finetune_settings import FinetuneRecipe
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device is seen; where there is one: make test-gpu"
+    ),
 ]
 
 ONE_SHOT = ("magnitude", "wanda", "ria", "gblm", "pruner_zero", "dsnot", "descent", "sparsegpt", "alps")

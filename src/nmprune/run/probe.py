@@ -27,9 +27,11 @@ from nmprune.stream.experts import observable_experts
 from nmprune.stream.per_linear import measured
 
 _REPEATS = 3
+_LONG_SECONDS = 2.0  # what takes so long is timed once, and what would take so long on a smaller piece
 _LARGEST_PROBED_INPUT = 4096  # a wider linear's solver is extrapolated by its operation count
 _LARGEST_PROBED_OUTPUT = 4096
 _LARGEST_PROBED_VOCABULARY = 8192
+_LARGEST_PROBED_SUMS = 10**11  # multiplications of a Gram matrix; past it fewer tokens are timed
 _DISK_BYTES = 64 << 20
 
 
@@ -99,12 +101,11 @@ def measure(
         head_seconds = head_seconds_of(model, calls.hidden)
     if method.runs_layers:
         with torch.no_grad(), observable_experts(model.config):
-            calls = random_calls(model, batch)
-            layer_seconds = {kind: _layer(model, index, calls) for kind, index in kinds.items()}
+            layer_seconds = {kind: _layer(model, index, batch) for kind, index in kinds.items()}
     widths = {shape[1] for shape in shapes}
     tokens = batch[0] * batch[1]
     statistics_seconds = {
-        width: _statistics(method, torch.randn(tokens, width, generator=generator).to(model.device))
+        width: _statistics(method, tokens, width, generator, model.device)
         for width in (widths if method.needs - GRADIENTS else ())
     }
     solvers = {shape: _Solver(method, pattern, shape, model.device, generator) for shape in shapes}
@@ -126,21 +127,29 @@ def random_calls(model: DecoderModel, batch: tuple[int, int]) -> LayerCalls:
 
 
 def _median(run: Callable[[], object], device: torch.device) -> float:
-    run()
-    seconds = []
-    for _ in range(_REPEATS):
+    seconds: list[float] = []
+    while len(seconds) <= _REPEATS:
         start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        if len(seconds) == 1 and seconds[0] > _LONG_SECONDS:
+            return seconds[0]
+    return statistics.median(seconds[1:])  # the first makes caches ready
 
 
-def _layer(model: DecoderModel, index: int, calls: LayerCalls) -> float:
-    hidden = torch.randn(calls.hidden.shape, generator=torch.Generator().manual_seed(0)).to(calls.hidden)
-    with model.random_layer(index) as layer:
-        return _median(lambda: calls.run(index, layer, hidden), model.device)
+def _layer(model: DecoderModel, index: int, batch: tuple[int, int]) -> float:
+    """Seconds of a forward of the batch; told from one sequence where the batch would take long."""
+
+    def seconds(n_sequences: int) -> float:
+        calls = random_calls(model, (n_sequences, batch[1]))
+        hidden = torch.randn(calls.hidden.shape, generator=torch.Generator().manual_seed(0)).to(calls.hidden)
+        with model.random_layer(index) as layer:
+            return _median(lambda: calls.run(index, layer, hidden), model.device)
+
+    one = seconds(1)
+    return one * batch[0] if batch[0] == 1 or one * batch[0] > _LONG_SECONDS else seconds(batch[0])
 
 
 def _there_and_back(
@@ -175,9 +184,12 @@ def head_seconds_of(model: DecoderModel, hidden: Tensor) -> float:
     return _median(loss, model.device) * vocabulary / probed
 
 
-def _statistics(method: PerLinear, inputs: Tensor) -> float:
-    sums = StatsAccumulator(inputs.shape[1], method.needs, inputs.device)
-    return _median(lambda: sums.add(inputs, inputs), inputs.device)
+def _statistics(method: PerLinear, tokens: int, width: int, generator: torch.Generator, device: torch.device) -> float:
+    """Seconds to add so many tokens' inputs; work grows with the tokens, so fewer of them tell where they are many."""
+    probed = min(tokens, max(64, _LARGEST_PROBED_SUMS // width**2))
+    inputs = torch.randn(probed, width, generator=generator).to(device)
+    sums = StatsAccumulator(width, method.needs, device)
+    return _median(lambda: sums.add(inputs, inputs), device) * tokens / probed
 
 
 class _Solver:

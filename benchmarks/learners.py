@@ -230,6 +230,26 @@ class Bench:
 
 def show(ledger: Ledger) -> None:
     rows = ledger.rows
+    tables = [results(model, rows) for model in dict.fromkeys(row["key"]["model"] for row in rows)]
+    texts = list(
+        dict.fromkeys(name for row in rows if "regenerated" in row["values"] for name in row["values"]["nlls"])
+    )
+    tables += [curves(rows), one_network(rows, texts)]
+    origins = sorted({row["values"]["calibration"] for row in rows if "calibration" in row["values"]})
+    notes = [
+        "Token perplexity: exp of the mean over windows, +- standard error; less than the prior: with the standard error of the "
+        "paired difference, window by window.",
+        "Learned masks are the best of the run by held-out loss, without the guard; with the guard the prior masks stay where "
+        "the held-out loss of the learned ones is no lower. hyperprune's guard is per layer, and is on.",
+        "prior: the common prior, from the windows that learners learn from; a learner's held-out windows are among its tokens.",
+        *(f"Calibrated on {one}." for one in origins),
+    ]
+    ledger.show("Learners at equal tokens", tables, notes)
+
+
+def results(model: str, rows: list[dict[str, Any]]) -> Table:
+    """All rows of a model."""
+    rows = [row for row in rows if row["key"]["model"] == model]
     texts = list(dict.fromkeys(name for row in rows for name in row["values"]["nlls"]))
     heads = [
         "masks",
@@ -243,18 +263,7 @@ def show(ledger: Ledger) -> None:
     heads += [f"less than the prior, {name}" for name in texts]
     heads += ["with the guard", "groups flipped", "steps", "epochs", "run (s)", "peak (MiB)"]
     heads += ["device peak (MiB)", f"{TARGET:.0%} target"]
-    body = [cells(row, rows, texts) for row in rows]
-    tables = [Table("Learned masks beside their prior", heads, body), curves(rows), one_network(rows, texts)]
-    origins = sorted({row["values"]["calibration"] for row in rows if "calibration" in row["values"]})
-    notes = [
-        "Token perplexity: exp of the mean over windows, +- standard error; less than the prior: with the standard error of the "
-        "paired difference, window by window.",
-        "Learned masks are the best of the run by held-out loss, without the guard; with the guard the prior masks stay where "
-        "the held-out loss of the learned ones is no lower. hyperprune's guard is per layer, and is on.",
-        "prior: the common prior, from the windows that learners learn from; a learner's held-out windows are among its tokens.",
-        *(f"Calibrated on {one}." for one in origins),
-    ]
-    ledger.show("Learners at equal tokens", tables, notes)
+    return Table(f"Learned masks beside their prior, {model}", heads, [cells(row, rows, texts) for row in rows])
 
 
 def cells(row: dict[str, Any], rows: list[dict[str, Any]], texts: list[str]) -> list[str]:
@@ -333,10 +342,12 @@ def curves(rows: list[dict[str, Any]]) -> Table:
         losses = [f"{one['held_out_loss']:.3f}" for one in at]
         gap = f"{at[-1]['soft_hard_gap']:+.3f}"
         best = f"{learning['best_loss']:.3f} ({learning['best_step']})"
-        what = [row["key"]["what"], row["key"]["prior"], f"{row['key']['tokens']:,}", str(row["key"]["seed"])]
+        key = row["key"]
+        what = [key["what"], key["model"], key["prior"], f"{key['tokens']:,}", str(key["seed"])]
         body.append([*what, learning["loss"], f"{learning['prior_loss']:.3f}", *losses, gap, best])
     heads = [
         "masks",
+        "model",
         "prior",
         "tokens",
         "seed",

@@ -31,9 +31,11 @@ $(READY): pyproject.toml constraints-ci.txt
 demo: $(READY)
 	@$(BIN)/python benchmarks/demo.py
 
-# One thread: the models in the tests are so small that two threads only wait for each other.
+# One thread: the models in the tests are so small that two threads only wait for each other. Two processes instead; a file's
+# tests stay in one of them, with what they share. WORKERS=0: all in this process, as a debugger wants it.
+WORKERS ?= 2
 test: $(READY)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: $(READY)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu tests/gpu

@@ -31,7 +31,7 @@ def refined(made, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("refined") / "run"
     words = ("prune", made[0], "--method", "wanda", *SMALL, "--polish", "--reconstruct")
     words += ("--set", "reconstruct.ridge=0.1", "--out", out)
-    result = CliRunner().invoke(app, [str(word) for word in words])
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     (out.parent / "stdout").write_text(result.stdout)
     (out.parent / "stderr").write_text(result.stderr)

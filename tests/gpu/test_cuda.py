@@ -18,14 +18,6 @@ pytestmark = [
 MOST_GROUPS = 0.005
 
 
-@pytest.fixture(autouse=True)
-def _exact_products():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "mixtral", "gpt_oss"])
 def test_streamed_on_cuda_equals_cpu(name, method, tmp_path):

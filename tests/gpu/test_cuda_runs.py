@@ -48,14 +48,6 @@ WHOLE = {
 HYPERPRUNE = {"steps": 6, "check_every": 3, "prior": "wanda"}
 
 
-@pytest.fixture(autouse=True)
-def _exact_products():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def run(model: Any, out: Path, device: str = "cuda", **settings: Any) -> Path:
     """A run on six windows of random tokens."""
     nmprune.prune(model, calibration=tiny_models.windows(), out=out, machine=Machine(device), **settings)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evaluation import evaluation_windows, perplexities
 from measurement import (
     Ledger,
     Table,
@@ -25,15 +26,10 @@ from measurement import (
 )
 from torch import Tensor
 
-from nmprune.calibration import consecutive_windows, load_text
 from nmprune.checkpoint import locate
-from nmprune.evaluate.perplexity import summarise
-from nmprune.evaluate.streamed import streamed_nlls
 from nmprune.run import Machine, Recipe, prune_run
 from nmprune.run.finetune import finetune_run
-from nmprune.run.tokens import load_tokenizer
 from nmprune.run.verify import verify_run
-from nmprune.stream import DecoderModel
 from nmprune.train.finetune_settings import FinetuneRecipe
 
 TARGET = 2.0  # times the dense model's perplexity, with distillation
@@ -87,22 +83,6 @@ def read_arguments() -> argparse.Namespace:
     made.add_argument("--max-windows", type=int, default=16, help="windows of each text")
     made.add_argument("--folder", type=Path, help="where runs are written (a temporary folder, deleted afterwards)")
     return made.parse_args()
-
-
-def evaluation_windows(arguments: argparse.Namespace, name: str) -> Tensor:
-    tokenizer = load_tokenizer(locate(arguments.model))
-    return consecutive_windows(load_text(name, "evaluation"), tokenizer, arguments.seq_len, arguments.max_windows)
-
-
-def perplexities(folder: Path, texts: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """Text -> perplexity and its standard error."""
-    model = DecoderModel.open(folder, allow_sparse=True, device=device)
-    found = {}
-    for name, windows in texts.items():
-        text = load_text(name, "evaluation")
-        one = summarise(streamed_nlls(model, windows), text, windows.shape[1])
-        found[name] = {"label": text.label, "value": one.value, "error": one.value_error}
-    return found
 
 
 def pruned(arguments: argparse.Namespace, run: Path) -> Path:

@@ -117,6 +117,8 @@ def read_arguments() -> argparse.Namespace:
     unknown = [spec for spec in found.methods if spec.split(",")[0].partition(":")[0] not in METHODS]
     if unknown:
         made.error(f"no such method: {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    if found.prior not in (OWN_PRIOR, *METHODS) and not Path(found.prior).is_file():
+        made.error(f"--prior {found.prior}: neither {OWN_PRIOR}, nor a mask file, nor one of {', '.join(METHODS)}")
     if wrong := [one for one in found.set if "." not in one.partition("=")[0] or "=" not in one]:
         made.error(f"--set takes METHOD.KEY=VALUE, not {', '.join(wrong)}")
     return found

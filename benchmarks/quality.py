@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evaluation import evaluation_windows, perplexities
 from measurement import (
     Ledger,
     Table,
@@ -31,8 +32,6 @@ from torch import Tensor
 from nmprune.calibration import consecutive_windows, load_text
 from nmprune.checkpoint import Checkpoint, locate
 from nmprune.evaluate.layer_error import layer_errors
-from nmprune.evaluate.perplexity import summarise
-from nmprune.evaluate.streamed import streamed_nlls
 from nmprune.methods import METHODS
 from nmprune.run.folder import RunFolder
 from nmprune.run.permuted_base import permuted_base
@@ -56,7 +55,7 @@ def main() -> None:
     calibration = text_source(arguments.calibration)
     with tempfile.TemporaryDirectory(prefix="nmprune-quality-", dir=arguments.folder) as place:
         key = {"model": arguments.model, "method": "dense", **size}
-        ledger.row(key, lambda: perplexities(locate(arguments.model), texts, device_of(arguments)))
+        ledger.row(key, lambda: {"perplexity": perplexities(locate(arguments.model), texts, device_of(arguments))})
         for method in arguments.methods:
             for seed in arguments.seeds:
                 key = {"model": arguments.model, "method": method, "pattern": arguments.pattern}
@@ -83,11 +82,6 @@ def read_arguments() -> argparse.Namespace:
     return made.parse_args()
 
 
-def evaluation_windows(arguments: argparse.Namespace, name: str) -> Tensor:
-    tokenizer = load_tokenizer(locate(arguments.model))
-    return consecutive_windows(load_text(name, "evaluation"), tokenizer, arguments.seq_len, arguments.max_windows)
-
-
 def held_out_windows(arguments: argparse.Namespace) -> Tensor:
     """For output errors of linears: text that neither calibrates nor is evaluated."""
     tokenizer = load_tokenizer(locate(arguments.model))
@@ -107,17 +101,6 @@ def held_out_error(run: Path, unseen: Tensor, device: torch.device) -> float:
     return sum(errors.values()) / len(errors)
 
 
-def perplexities(folder: Path, texts: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """Text -> perplexity and its standard error."""
-    model = DecoderModel.open(folder, allow_sparse=True, device=device)
-    found = {}
-    for name, windows in texts.items():
-        text = load_text(name, "evaluation")
-        one = summarise(streamed_nlls(model, windows), text, windows.shape[1])
-        found[name] = {"label": text.label, "value": one.value, "error": one.value_error, "n_windows": one.n_windows}
-    return {"perplexity": found}
-
-
 def measure(
     place: Path, key: dict[str, Any], arguments: argparse.Namespace, texts: dict[str, Tensor], unseen: Tensor
 ) -> dict[str, Any]:
@@ -131,7 +114,7 @@ def measure(
     device = device_of(arguments)
     pruned = run_child(sys.executable, "nmprune_run.py", ["prune", *words], arguments.threads)
     found = {
-        **perplexities(run / "model", texts, device),
+        "perplexity": perplexities(run / "model", texts, device),
         "held_out_error": held_out_error(run, unseen, device),
     }
     shutil.rmtree(run)

@@ -203,6 +203,8 @@ def test_learners(bench, model_folder):
     assert printed.count("kept:") == 3 and "measuring" not in printed
     with pytest.raises(SystemExit):
         bench("learners", *settings, "--methods", "maskproo")
+    with pytest.raises(SystemExit):
+        bench("learners", *settings, "--prior", "wandaa")
 
 
 def test_a_model_writes_its_own_text(monkeypatch, model_folder):

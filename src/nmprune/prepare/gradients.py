@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from nmprune import masks
 from nmprune.distributed import ALONE, Processes
 from nmprune.errors import InputError
+from nmprune.heap import give_back
 from nmprune.prepare.layer_sums import LayerSums
 from nmprune.stats import GRADIENTS, InputStats, Statistic
 from nmprune.stream import DecoderModel, LayerSelection
 from nmprune.stream.calls import LayerCalls
 from nmprune.stream.experts import observable_experts
-from nmprune.stream.heap import give_back
 from nmprune.stream.hidden_states import HiddenStates
 from nmprune.stream.phases import Phases
 from nmprune.stream.shares import close_turn, share_of

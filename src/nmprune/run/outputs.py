@@ -25,6 +25,7 @@ from nmprune.checkpoint import (
     write_masks,
 )
 from nmprune.checkpoint.permutation_file import read_permutation
+from nmprune.heap import give_back
 from nmprune.methods import Pruned
 from nmprune.results import AllocationResult, DenseResult, LearnedLayerResult, LinearResult, Results
 from nmprune.run.description import self_description, words_of
@@ -36,7 +37,6 @@ from nmprune.run.progress import Progress, Report
 from nmprune.run.recipe import Recipe
 from nmprune.run.train_recipe import train_words
 from nmprune.stream import DecoderModel, LayerSelection
-from nmprune.stream.heap import give_back
 from nmprune.version import VERSION
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nmprune import masks
 from nmprune.errors import InputError
+from nmprune.heap import give_back
 from nmprune.prepare.layer_sums import n_token_blocks
 from nmprune.prepare.unit_errors import measure_layers
 from nmprune.run.allocate import select_fitting
@@ -31,7 +32,6 @@ from nmprune.run.stream_options import stream_options
 from nmprune.stats import InputStats
 from nmprune.stream import DecoderModel, LayerDone, LayerSelection, prune_layers
 from nmprune.stream.calls import LayerCalls
-from nmprune.stream.heap import give_back
 from nmprune.stream.hidden_states import HiddenStates
 from nmprune.stream.per_layer import Learning
 

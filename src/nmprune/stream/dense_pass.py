@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nmprune.heap import give_back
 from nmprune.stats import InputStats, Statistic
 from nmprune.stream.calls import LayerCalls
 from nmprune.stream.experts import observable_experts
-from nmprune.stream.heap import give_back
 from nmprune.stream.hidden_states import HiddenStates
 from nmprune.stream.layer_done import LayerStep, StreamOptions
 from nmprune.stream.model import DecoderModel

@@ -16,9 +16,9 @@ from nmprune.architectures import DenseLinear, Family, Linear, ModuleLinear, fin
 from nmprune.checkpoint.names import NameMap, Piece, shapes_on_disk
 from nmprune.checkpoint.reader import Checkpoint
 from nmprune.errors import InputError
+from nmprune.heap import give_back
 from nmprune.stream.calls import LayerCalls, last_logits, record_layer_calls
 from nmprune.stream.config import DTypeName, check_config, compute_dtype, empty_model, load_config
-from nmprune.stream.heap import give_back
 from nmprune.stream.hidden_states import HiddenStates, batches
 from nmprune.stream.on_disk import dense_outside, on_disk
 from nmprune.stream.ties import untie_different

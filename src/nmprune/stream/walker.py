@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nmprune.architectures import Linear
 from nmprune.distributed import ALONE, Processes
+from nmprune.heap import give_back
 from nmprune.methods import Method, PerLinear, Pruned
 from nmprune.methods.base import PerLayer
 from nmprune.pattern import Pattern
@@ -22,7 +23,6 @@ from nmprune.stream import per_linear
 from nmprune.stream.calls import LayerCalls
 from nmprune.stream.dealt import deal, readers, told
 from nmprune.stream.experts import observable_experts
-from nmprune.stream.heap import give_back
 from nmprune.stream.hidden_states import HiddenStates
 from nmprune.stream.layer_done import LayerDone, LayerStep, LinearDone, Restart, StreamOptions
 from nmprune.stream.layer_run import LayerRun

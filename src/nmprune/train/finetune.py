@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nmprune.errors import InputError
+from nmprune.heap import keep_freed
 from nmprune.methods.base import LearnStep, State
 from nmprune.train.adam import load_optimiser_state, optimiser_state
 from nmprune.train.batches import Batches
@@ -130,7 +131,7 @@ class Finetuning:
             InputError: the loss is no longer a number.
             MaskBroken: a masked weight moved.
         """
-        with checkpointed(self._layers, self._settings.activation_checkpointing):
+        with keep_freed(), checkpointed(self._layers, self._settings.activation_checkpointing):
             if saved is not None:
                 self._restore(saved)
             begun = time.monotonic() - self.standing.seconds
@@ -199,7 +200,7 @@ class Finetuning:
 
     def _logits(self, model: PreTrainedModel, windows: Tensor) -> Tensor:
         with self._precision():
-            return model(input_ids=windows, use_cache=False).logits.float()
+            return model(input_ids=windows, use_cache=False).logits
 
     def _precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self._device.type, torch.bfloat16) if self._autocast else nullcontext()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nmprune.distributed import ALONE, Processes
 from nmprune.errors import InputError
+from nmprune.heap import keep_freed
 from nmprune.methods.base import Course, LearnStep, State, WholeModel
 from nmprune.train.adam import load_optimiser_state, optimiser_state
 from nmprune.train.batches import Batches
@@ -130,7 +131,7 @@ class _Loop:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """The model masked inside the body."""
-        with self._masked(), checkpointed(self.layers, self.settings.activation_checkpointing):
+        with keep_freed(), self._masked(), checkpointed(self.layers, self.settings.activation_checkpointing):
             self.learned = {**self.masked.parameters(), **self.rest.parameters()}
             if self.method.learns_by == "gradient":
                 # torch cannot step sharded and whole tensors in one go

@@ -26,6 +26,23 @@ def test_kl_loss_is_the_divergence_from_the_dense_model(logits):
     assert kl_loss(logits[0], teacher(logits[0])).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("entries", [1, 2 * V, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_kl_loss_is_that_of_plain_operations_however_many_tokens_go_together(
+    logits, entries, dtype, monkeypatch
+):
+    monkeypatch.setattr("nmprune.train.losses._ON_CPU", entries)
+    scale = torch.tensor([1.0, -2.0, 0.5])
+    model = logits[1].to(dtype, copy=True).requires_grad_()
+    (kl_loss(model, teacher(logits[0])) * scale).sum().backward()
+    plain = logits[1].to(dtype).double().requires_grad_()
+    dense = logits[0].double().log_softmax(-1)
+    ((dense.exp() * (dense - plain.log_softmax(-1))).sum(-1).mean(-1) * scale).sum().backward()
+    within = 1e-6 if dtype == torch.float32 else 4e-3
+    assert model.grad.dtype == dtype
+    torch.testing.assert_close(model.grad.double(), plain.grad, rtol=2 * within, atol=within)
+
+
 def test_top_k_counts_the_rest_as_one(logits):
     dense, model = (one.double().softmax(-1) for one in logits)
     best = dense.topk(4).indices

@@ -16,6 +16,7 @@ from nmprune.methods.maskllm import MaskLLM
 from nmprune.pattern import Pattern
 from nmprune.stream import DecoderModel, select
 from nmprune.stream.experts import observable_experts
+from nmprune.train.input_sums import InputSums
 from nmprune.train.judge import Learned
 from nmprune.train.loop import Text, learn
 from nmprune.train.masked_linear import Target, targets_of
@@ -62,7 +63,9 @@ def run(
     wanted = TrainRecipe(**{"steps": 6, "batch_size": 2, "eval_every": 2, **settings})
     steps: list[LearnStep] = []
     with observable_experts(model.config):
-        loop = learn(model, list(decoder.layers), found, method, magnitudes(found), text, wanted, seed, snapshot)
+        inputs = InputSums(decoder, select(decoder, pattern))
+        layers, priors = list(decoder.layers), magnitudes(found)
+        loop = learn(model, layers, found, method, priors, text, wanted, seed, snapshot, inputs=inputs)
         while True:
             try:
                 steps.append(next(loop))

@@ -1,4 +1,4 @@
-"""proxsparse and maskpro from the command line, on a 2-layer model."""
+"""proxsparse, maskpro and global_descent from the command line, on a 2-layer model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ UNGUARDED = ("--set", "train.guard=false")
 METHODS = {
     "proxsparse": ("--set", "method.lr=0.01", "--set", "method.train_rest=false"),
     "maskpro": ("--set", "method.flip_share=0.2", "--set", "method.lr=20", "--set", "method.score=ordered"),
+    "global_descent": ("--set", "method.prior=wanda", "--set", "train.accumulation=2"),
 }
 
 
@@ -75,7 +76,13 @@ def test_maskpro_learns_other_patterns(call, base, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "setting", "words"),
-    [("maskpro", "tracker=2", "maskpro.tracker is 2"), ("proxsparse", "lr=0", "proxsparse.lr is 0")],
+    [
+        ("maskpro", "tracker=2", "maskpro.tracker is 2"),
+        ("proxsparse", "lr=0", "proxsparse.lr is 0"),
+        ("global_descent", "damping=0", "global_descent.damping is 0"),
+        ("global_descent", "shrinkage=-1", "global_descent.shrinkage is -1"),
+        ("global_descent", "sweeps=0", "global_descent.sweeps is 0"),
+    ],
 )
 def test_a_setting_out_of_range(call, base, tmp_path, method, setting, words):
     out = ("--out", tmp_path / "run")

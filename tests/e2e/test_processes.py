@@ -118,6 +118,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "hyperprune": {},
     "maskllm": {"train": {"steps": 4, "batch_size": 1, "accumulation": 4, "guard": False}},
     "maskpro": {"train": {"steps": 4, "batch_size": 1, "accumulation": 3, "guard": False}},
+    "global_descent": {"train": {"steps": 2, "batch_size": 1, "accumulation": 4}},
 }
 
 

@@ -17,6 +17,7 @@ import tiny_models
 import tiny_runs
 from nmprune.checkpoint import read_masks
 from nmprune.methods import create
+from nmprune.methods.global_descent import GlobalDescent
 from nmprune.methods.maskpro import MaskPro
 from nmprune.methods.proxsparse import ProxSparse
 from nmprune.run import Machine
@@ -44,6 +45,7 @@ WHOLE = {
     "maskllm": learners.QUICK,
     "proxsparse": ProxSparse(lr=2e-3, anchor=0.25),
     "maskpro": MaskPro(flip_share=0.2, lr=20.0),
+    "global_descent": GlobalDescent(prior="wanda", damping=100.0),
 }
 HYPERPRUNE = {"steps": 6, "check_every": 3, "prior": "wanda"}
 

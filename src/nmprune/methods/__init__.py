@@ -12,6 +12,7 @@ from nmprune.methods.base import Method, PerLinear, Pruned
 from nmprune.methods.descent import Descent
 from nmprune.methods.dsnot import Dsnot
 from nmprune.methods.gblm import Gblm
+from nmprune.methods.global_descent import GlobalDescent
 from nmprune.methods.hyperprune import HyperPrune
 from nmprune.methods.magnitude import Magnitude
 from nmprune.methods.maskllm import MaskLLM
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
         MaskLLM,
         ProxSparse,
         MaskPro,
+        GlobalDescent,
     )
 }
 

@@ -272,7 +272,8 @@ class WholeModel(Method):
     often it is asked, which is what activation checkpointing and resume rest on.
 
     Class attributes:
-        learns_by: "gradient": AdamW on the state, through `effective`; "score": forwards only, and no graph ever exists.
+        learns_by: "gradient": AdamW on the state, through `effective`; "score": forwards only, and no graph ever exists;
+            "descent": rounds of `revise`, of which held-out text takes the best or none.
         noise: how long one draw holds: "none" is drawn, one for a whole "step", or a new one per "micro_batch".
         train_defaults: settings of the recipe's `train` section that this method starts from.
         preset_train: preset -> such settings, on top.
@@ -281,7 +282,7 @@ class WholeModel(Method):
         prior: the name of a `PerLinear` method run just before, or a mask file.
     """
 
-    learns_by: ClassVar[Literal["gradient", "score"]] = "gradient"
+    learns_by: ClassVar[Literal["gradient", "score", "descent"]] = "gradient"
     noise: ClassVar[Literal["none", "step", "micro_batch"]] = "none"
     train_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     preset_train: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
@@ -353,11 +354,36 @@ class WholeModel(Method):
         """What metrics.jsonl should say of the schedules, such as a temperature."""
         return {}
 
-    # -- for methods that learn by score only ---------------------------------------------------------------------------
-
     def carried(self) -> State:
-        """What `advantage` carries from step to step, before the first; 0-dimensional tensors."""
+        """What is carried from step to step, before the first; 0-dimensional tensors. By descent: "damping"."""
         return {}
+
+    # -- for methods that learn by descent only -------------------------------------------------------------------------
+
+    def revise(
+        self,
+        weight_OI: Tensor,
+        mask_OI: Tensor,
+        slope_OI: Tensor,
+        curvature_O: Tensor,
+        gram_II: Tensor,
+        pattern: Pattern,
+        damping: float,
+    ) -> Tensor:
+        """bool (out, in): the next mask of a linear. The state's one entry is "mask", 1 = kept.
+
+        Args:
+            weight_OI: fp32 (out, in), dense; not modified.
+            mask_OI: bool (out, in), the mask of now.
+            slope_OI: fp32 (out, in), dL/dW at the masked weight, mean over the round's text; 0 where the weight is 0.
+            curvature_O: fp32 (out,), s: D changes the loss by 1/2 sum_i s_i D_i A D_i^T more than its slope says.
+            gram_II: fp32 (in, in), A, the mean of x x^T over the tokens that the linear saw.
+            pattern: N kept of M.
+            damping: what the curvature is multiplied by: the larger, the fewer groups change.
+        """
+        raise NotImplementedError(f"{self.name} does not learn by descent")
+
+    # -- for methods that learn by score only ---------------------------------------------------------------------------
 
     def draw(self, state: State, pattern: Pattern, generator: torch.Generator) -> Tensor:
         """bool (out, in): the random mask of a step; the same generator gives the same one again for `score_step`."""

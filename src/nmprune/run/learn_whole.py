@@ -27,6 +27,7 @@ from nmprune.run.recipe import Recipe
 from nmprune.run.shared_run import wait_for
 from nmprune.stream import DecoderModel, LayerDone, LayerSelection, LinearDone
 from nmprune.stream.experts import observable_experts
+from nmprune.train.input_sums import InputSums
 from nmprune.train.judge import Learned
 from nmprune.train.loop import Text, learn
 from nmprune.train.masked_linear import targets_of
@@ -83,6 +84,12 @@ def learn_whole(
 
 def check_shard(recipe: Recipe, processes: Processes = ALONE) -> None:
     """Raise InputError where the model is to be spread over processes and there is only one."""
+    method = recipe.method
+    if recipe.train.shard and isinstance(method, WholeModel) and method.learns_by == "descent":
+        raise InputError(
+            f"train.shard spreads the model over several processes, and {method.name} needs whole linears. Leave it out: the "
+            "processes then share the text, and each holds the model."
+        )
     if recipe.train.shard and processes.alone:
         raise InputError(
             "train.shard spreads the model over several processes, and there is one. Start them with torchrun, such as: torchrun "
@@ -173,6 +180,7 @@ def _learn(
             snapshot,
             processes,
             sharding,
+            InputSums(model, selections),
         )
         del snapshot
         stack.enter_context(closing(steps))

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,9 +28,10 @@ from nmprune.train.settings import TrainRecipe
 # What autograd keeps of a sequence in a decoder layer, in inputs and outputs of its linears: norms, activations and attention
 # add as much again, and gradients are made beside.
 _AUTOGRAD = 2.5
-_LOGITS = {"lm": 4, "kl": 7}  # fp32 tensors as large as the logits at the worst moment, the dense model's among them
+_LOGITS = {"lm": 4, "kl": 5}  # fp32 tensors as large as the logits at the worst moment, the dense model's among them
 _TIMED_WEIGHTS = 64 << 20  # of a layer: learning a larger one is not rehearsed
 _BASE = ("libraries", "tokenizer and text")  # parts that every stage of a plan on this machine has
+_JUDGED = 3  # dampings that a round of descent judges as a rule
 _MASKS = 3 / 8  # bytes per weight: prior, best and current masks, packed
 
 
@@ -122,6 +124,8 @@ class _Learning:
         if settings.activation_checkpointing and not score:
             parts["inputs of the decoder layers"] = tokens * config.hidden_size * size * self.model.n_layers
         parts["logits"] = _LOGITS[settings.loss] * 4 * tokens * config.vocab_size
+        if self._by_descent:
+            parts["Gram matrices of the inputs"] = sum(8 * width**2 for one in self.layers for width in _widths(one))
         if not on_device:
             parts["masks, packed"] = int(_MASKS * n_linears)
         return parts
@@ -129,7 +133,7 @@ class _Learning:
     def checkpoint(self) -> int:
         """Bytes of a snapshot on disk: what is learned and its moments, without gradients, and the best masks."""
         n_linears = self._over_linears(lambda n, pattern: n)
-        share = 1.0 if self.method.learns_by == "score" else 0.75
+        share = {"score": 1.0, "gradient": 3 / 4, "descent": 1 / 3}[self.method.learns_by]
         rest = 12 * (self.parameters - n_linears) if self.method.trains_rest else 0
         return int(share * self._over_linears(self.method.state_bytes)) + n_linears // 8 + rest
 
@@ -142,9 +146,8 @@ class _Learning:
     def _activations(self, linears: Sequence[Linear]) -> int:
         """Of a micro-batch in one decoder layer."""
         seen = [one for one in linears if one.in_module.expert in (None, 0)]
-        widths = {one.shared_input: one.shape[1] for one in seen}
         hidden = self.model.config.get_text_config().hidden_size
-        values = sum(widths.values()) + sum(one.shape[0] for one in seen) + 4 * hidden
+        values = sum(_shared_widths(seen)) + sum(one.shape[0] for one in seen) + 4 * hidden
         tokens = self.recipe.train.batch_size * self.recipe.calibration.seq_len
         share = 1.0 if self.method.learns_by == "score" else _AUTOGRAD
         return int(share * values * tokens * self.model.dtype.itemsize)
@@ -168,7 +171,9 @@ class _Learning:
         dense = forward + head / 3 if settings.loss == "kl" else 0.0
         step = settings.accumulation * (learning + head + dense) + after
         held_out = math.ceil(self.recipe.n_held_out / settings.batch_size)
-        looks = 1 + 2 * math.ceil(settings.steps / settings.eval_every)
+        looks = 1 + (
+            _JUDGED * settings.steps if self._by_descent else 2 * math.ceil(settings.steps / settings.eval_every)
+        )
         return settings.steps * step + looks * held_out * (forward + head / 3 + dense)
 
     def _layer(self, index: int, calls: LayerCalls) -> tuple[float, float, float]:
@@ -182,6 +187,8 @@ class _Learning:
                 forward = _seconds(lambda: self._forward(index, layer, calls, hidden, learns=False))
                 phase.kind = "learn"
                 learning = _seconds(lambda: self._forward(index, layer, calls, hidden, learns=True))
+                if self._by_descent:
+                    learning += _seconds(partial(self._grams, index))
                 after = _seconds(lambda: self._after(masked))
         return forward, learning, after
 
@@ -196,8 +203,28 @@ class _Learning:
             with torch.no_grad():
                 calls.run(index, layer, hidden)
 
+    def _grams(self, index: int) -> None:
+        """The Gram matrices of a micro-batch's inputs."""
+        n_tokens = self.recipe.train.batch_size * self.recipe.calibration.seq_len
+        for width in _widths(self.layers[index]):
+            inputs = torch.ones(n_tokens, width, device=self.model.device)
+            inputs.T @ inputs
+
+    @torch.no_grad()
+    def _rounds_end(self, masked: MaskedModel) -> None:
+        """New masks under a few dampings. The time hangs on how many groups change; here few do."""
+        for one, weight, state in masked.linears():
+            rows, width = one.shape
+            slope, curvature = torch.zeros_like(weight), torch.ones(rows, device=weight.device)
+            gram = torch.eye(width, device=weight.device)
+            for _ in range(_JUDGED):
+                self.method.revise(weight, state["mask"] > 0.5, slope, curvature, gram, one.pattern, 1.0)
+
     def _after(self, masked: MaskedModel) -> None:
         """Penalty and step of the learned state."""
+        if self._by_descent:
+            self._rounds_end(masked)
+            return
         optimiser = torch.optim.AdamW(list(masked.parameters().values()), lr=0.0) if self._by_gradient else None
         for one, weight, state in masked.linears():
             generator = torch.Generator(self.model.device).manual_seed(0)
@@ -218,6 +245,19 @@ class _Learning:
     @property
     def _by_gradient(self) -> bool:
         return self.method.learns_by == "gradient"
+
+    @property
+    def _by_descent(self) -> bool:
+        return self.method.learns_by == "descent"
+
+
+def _widths(linears: Sequence[tuple[Linear, Pattern]]) -> list[int]:
+    return _shared_widths([one for one, _ in linears])
+
+
+def _shared_widths(linears: Sequence[Linear]) -> list[int]:
+    """Of the tensors that linears read, each once."""
+    return list({one.shared_input: one.shape[1] for one in linears}.values())
 
 
 def _magnitudes(targets: Sequence[Target]) -> Mapping[str, Tensor]:

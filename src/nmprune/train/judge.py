@@ -87,6 +87,11 @@ class Judge:
         """Whether nothing better came for as long as the settings allow."""
         return 0 < self._settings.patience <= self._without_gain
 
+    @property
+    def standing(self) -> float:
+        """Held-out loss of the masks that were judged last; before any, of the prior's."""
+        return self._last.loss if math.isfinite(self._last.loss) else self._prior_loss
+
     def prior_masks(self) -> AbstractContextManager[None]:
         """The prior masks in the model inside the body."""
         return self._masked.phase.fixed(self._priors)
@@ -99,10 +104,13 @@ class Judge:
     def look(self, course: Course) -> dict[str, float]:
         """Judge the masks of now; the numbers go to metrics.jsonl."""
         bits = self._masked.hard_bits()
-        self._last = Judgement(course.step, self._loss(bits), self._flips(bits))
-        soft = self._loss(None)
+        return self.take(course, bits, self._loss(bits), self._loss(None))
+
+    def take(self, course: Course, bits: Mapping[str, Tensor], loss: float, soft: float) -> dict[str, float]:
+        """`look`, where the held-out losses are known: of the masks, and of what is being learned."""
+        self._last = Judgement(course.step, loss, self._flips(bits))
         if self._last.loss < self._best.loss:
-            self._best, self._best_bits, self._without_gain = self._last, bits, 0
+            self._best, self._best_bits, self._without_gain = self._last, dict(bits), 0
         else:
             self._without_gain += 1
         return {

@@ -10,6 +10,7 @@ import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,8 @@ from nmprune.methods.base import Course, LearnStep, State, WholeModel
 from nmprune.train.adam import load_optimiser_state, optimiser_state
 from nmprune.train.batches import Batches
 from nmprune.train.checkpointing import checkpointed
+from nmprune.train.descent_round import LossTerms, choose, revised
+from nmprune.train.input_sums import InputSums
 from nmprune.train.judge import Judge, Learned
 from nmprune.train.losses import Teacher, kl_loss, lm_loss, teacher
 from nmprune.train.masked_linear import MaskedModel, Phase, Target, noise
@@ -66,6 +69,7 @@ def learn(
     snapshot: Mapping[str, Tensor] | None = None,
     processes: Processes = ALONE,
     sharding: Sharding | None = None,
+    inputs: InputSums | None = None,
 ) -> Generator[LearnStep, None, Learned]:
     """Learn the masks of all targets; the model's weights are as they were when it ends, however it ends.
 
@@ -84,7 +88,9 @@ def learn(
         seed: of the run; all randomness is derived from it.
         snapshot: what an earlier `LearnStep.snapshot` made: go on from there.
         processes: that share the run; all call this alike.
-        sharding: brings in the model's weights, and leaves each process its share of them and of what is learned.
+        sharding: brings in the model's weights, and leaves each process its share of them and of what is learned; not for
+            methods that learn by descent.
+        inputs: of the targets; for methods that learn by descent.
 
     Returns:
         Masks and what they are worth.
@@ -92,7 +98,7 @@ def learn(
     Raises:
         InputError: the loss is not finite.
     """
-    loop = _Loop(model, layers, targets, method, priors, text, settings, seed, processes, sharding)
+    loop = _Loop(model, layers, targets, method, priors, text, settings, seed, processes, sharding, inputs)
     with loop.at_work():
         if snapshot is not None:
             loop.load(snapshot)
@@ -112,7 +118,9 @@ class _Loop:
         seed: int,
         processes: Processes,
         sharding: Sharding | None,
+        inputs: InputSums | None,
     ) -> None:
+        self.inputs = inputs
         self.model, self.layers, self.method, self.processes = model, layers, method, processes
         self.text, self.settings, self.seed, self.sharding = text, settings, seed, sharding
         self.device = next(model.parameters()).device if sharding is None else sharding.device
@@ -131,7 +139,9 @@ class _Loop:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """The model masked inside the body."""
-        with keep_freed(), self._masked(), checkpointed(self.layers, self.settings.activation_checkpointing):
+        # what is gathered for a layer and dropped is no loop's: a sharded run would hold all of the model after all
+        memory = keep_freed() if self.sharding is None else nullcontext()
+        with memory, self._masked(), checkpointed(self.layers, self.settings.activation_checkpointing):
             self.learned = {**self.masked.parameters(), **self.rest.parameters()}
             if self.method.learns_by == "gradient":
                 # torch cannot step sharded and whole tensors in one go
@@ -195,7 +205,8 @@ class _Loop:
             step = self.phase.course.step
             values = {**self._step(step), **self.method.values(self.phase.course)}
             self.phase.course = Course(step + 1, total)
-            if (step + 1) % self.settings.eval_every == 0 or step + 1 == total:
+            due = (step + 1) % self.settings.eval_every == 0 or step + 1 == total
+            if due and self.method.learns_by != "descent":
                 values |= self.judge.look(self.phase.course)
             yield LearnStep(step + 1, total, values, self.snapshot)
         return self.judge.verdict(self.batches.epochs(self.phase.course.step))
@@ -205,6 +216,8 @@ class _Loop:
         self.phase.kind = "learn"
         if self.method.learns_by == "score":
             return self._score_step(step, micro_batches)
+        if self.method.learns_by == "descent":
+            return self._descent_step(step, micro_batches)
         assert self.optimiser is not None
         self.optimiser.zero_grad(set_to_none=True)
         total = 0.0
@@ -322,13 +335,37 @@ class _Loop:
             "lower method.lr, or compute in --dtype float32 without train.autocast."
         )
 
+    def _descent_step(self, step: int, micro_batches: Sequence[Tensor]) -> dict[str, float]:
+        """A round: slopes and curvature at the masks of now, and the next masks, where held-out text likes any better."""
+        assert self.inputs is not None
+        terms, total = LossTerms(self.masked, self.inputs), 0.0
+        for at in self.processes.mine(len(micro_batches)):
+            loss = self._losses(self.text.train[micro_batches[at]], self.inputs).mean()
+            loss.backward()
+            terms.add()
+            total += loss.item() / len(micro_batches)
+        (total,) = self.processes.sum_values([total])
+        self._finite(total, step)
+        n_tokens = self.settings.batch_size * self.text.train.shape[1]
+        found = terms.take(self.processes, len(micro_batches), n_tokens)
+        before, standing = self.masked.hard_bits(), self.judge.standing
+        masks_of = partial(revised, self.masked, found)
+        choice, damping = choose(masks_of, self.held_out_loss, before, standing, self.carried["damping"].item())
+        self.carried = {"damping": torch.tensor(damping, dtype=torch.float64)}
+        if choice is not None:
+            self.masked.put_masks(choice.bits)
+        bits, held_out = (before, standing) if choice is None else (choice.bits, choice.loss)
+        judged = self.judge.take(Course(step + 1, self.settings.steps), bits, held_out, held_out)
+        return {"loss": total, "damping": damping, **judged}
+
     # -- losses -------------------------------------------------------------------------------------------------------
 
-    def _losses(self, token_ids: Tensor) -> Tensor:
-        """(B,): the loss of each sequence with what the phase puts into the model."""
+    def _losses(self, token_ids: Tensor, inputs: InputSums | None = None) -> Tensor:
+        """(B,): the loss of each sequence with what the phase puts into the model, whose forward `inputs` watches."""
         token_ids = token_ids.to(self.device)
         dense = self._dense(token_ids)
-        logits = self._logits(token_ids)
+        with nullcontext() if inputs is None else inputs.watching():
+            logits = self._logits(token_ids)
         return lm_loss(logits, token_ids) if dense is None else kl_loss(logits, dense)
 
     @torch.no_grad()

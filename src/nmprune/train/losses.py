@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 LOSSES = ("lm", "kl")
+_NOTHING = -100
 # Logits that are worked on together: on the CPU what its cache holds, elsewhere what keeps the device busy.
 _ON_CPU, _ELSEWHERE = 1 << 20, 1 << 26
 
@@ -23,9 +24,11 @@ def lm_loss(logits_BTV: Tensor, token_ids_BT: Tensor) -> Tensor:
         logits_BTV: any floating dtype; computed in fp32.
         token_ids_BT: int64, the tokens that went in.
     """
-    predictions, wanted = logits_BTV[:, :-1].float().flatten(0, 1), token_ids_BT[:, 1:]
-    losses = torch.nn.functional.cross_entropy(predictions, wanted.flatten(), reduction="none")
-    return losses.view(wanted.shape).mean(-1)
+    # the last token predicts nothing that is there: told so, its logits need not be cut off, which would copy all others
+    wanted_BT = torch.nn.functional.pad(token_ids_BT[:, 1:], (0, 1), value=_NOTHING)
+    flat = logits_BTV.float().flatten(0, 1), wanted_BT.flatten()
+    losses = torch.nn.functional.cross_entropy(*flat, reduction="none", ignore_index=_NOTHING)
+    return losses.view(wanted_BT.shape).sum(-1) / (wanted_BT.shape[1] - 1)
 
 
 @dataclass(frozen=True)

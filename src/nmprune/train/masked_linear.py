@@ -113,7 +113,7 @@ class MaskedParameter(nn.Module):
     ) -> None:
         super().__init__()
         self.targets = tuple(targets)
-        learns = method.learns_by == "gradient"
+        learns = method.learns_by != "score"
         self.states = nn.ModuleList(
             nn.ParameterDict({key: nn.Parameter(value, requires_grad=learns) for key, value in state.items()})
             for state in states
@@ -229,6 +229,13 @@ class MaskedModel:
             stored = whole(parametrized[leaf].original)
             for at, target in enumerate(masked.targets):
                 yield target, target.view.of(stored).float(), masked.state(at)
+
+    @torch.no_grad()
+    def put_masks(self, bits: Mapping[str, Tensor]) -> None:
+        """Where the states are masks: set them to packed ones."""
+        for one in self.targets:
+            mask = self.state(one.name)["mask"]
+            mask.copy_(masks.unpack(bits[one.name].to(mask.device), one.shape))
 
     @torch.no_grad()
     def hard_bits(self) -> dict[str, Tensor]:

@@ -88,3 +88,9 @@ def test_a_setting_out_of_range(call, base, tmp_path, method, setting, words):
     out = ("--out", tmp_path / "run")
     result = call("prune", base, "--method", method, "--set", f"method.{setting}", *out, *SMALL)
     assert result.exit_code == 2 and words in flat(result.output)
+
+
+def test_global_descent_is_not_spread(call, base, tmp_path):
+    words = ("prune", base, "--method", "global_descent", "--out", tmp_path / "run", *SMALL, *LOOP)
+    result = call(*words, "--set", "train.shard=true")
+    assert result.exit_code == 2 and "needs whole linears" in flat(result.output)

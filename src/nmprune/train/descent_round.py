@@ -15,7 +15,7 @@ from nmprune.train.input_sums import InputSums
 from nmprune.train.masked_linear import MaskedModel
 
 _TRIES, _JUDGED = 16, 6  # dampings of a round: that are tried, and that are judged because their masks differ
-_BOLDER = 1.5  # between two dampings on the way down
+_BOLDER = 1.5  # between two dampings on the way down; from the third gain on more and more
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def choose(
     """
     best: Choice | None = None
     too_bold, too_careful = 0.0, math.inf
-    judged = 0
+    judged = gains = 0
     for _ in range(_TRIES):
         bits = masks_of(damping)
         if all(torch.equal(one, before[name]) for name, one in bits.items()):
@@ -136,7 +136,8 @@ def choose(
         loss = loss_of(bits)
         if loss < (standing if best is None else best.loss):
             best = Choice(bits, loss, damping)
-            damping /= _BOLDER
+            gains += 1
+            damping /= _BOLDER ** max(1, gains - 1)
         elif best is None:
             too_bold = damping
             damping = damping * _BOLDER**2 if math.isinf(too_careful) else math.sqrt(damping * too_careful)

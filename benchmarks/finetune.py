@@ -63,6 +63,7 @@ def main() -> None:
         for variant in arguments.variants:
             key = {**common, "what": variant, **named, "lr": arguments.lr, "minutes": arguments.minutes}
             key |= {"steps": arguments.steps, "batch_size": arguments.batch_size}
+            key["text"] = text_source(arguments.calibration)
             ledger.row(key, partial(measure, arguments, variant, start, Path(place, "tuned"), texts))
     show(ledger)
 
@@ -157,7 +158,7 @@ def show(ledger: Ledger) -> None:
     ]
     rows = [cells(row, names, dense[of_model(row)]) for row in ledger.rows]
     curves = [
-        [row["key"]["what"], str(one["step"]), f"{per_step(row) * one['step']:,}", f"{one['held_out_loss']:.4f}"]
+        [trained(row["key"]), str(one["step"]), f"{per_step(row) * one['step']:,}", f"{one['held_out_loss']:.4f}"]
         for row in ledger.rows
         for one in row["values"].get("curve", [])
     ]
@@ -183,6 +184,11 @@ def per_step(row: dict[str, Any]) -> int:
     return row["key"]["batch_size"] * row["key"]["seq_len"]
 
 
+def trained(key: dict[str, Any]) -> str:
+    """How, and on which text."""
+    return f"{key['what']} on {Path(key['text']).name}"
+
+
 def of_model(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row["key"][name] for name in ("model", "windows", "seq_len", "texts"))
 
@@ -197,7 +203,7 @@ def targets(ledger: Ledger, names: list[str], dense: dict[tuple[Any, ...], Any])
         worst = max(scores[name]["value"] / anchor[name]["value"] for name in names if name in scores)
         met = verdict(worst < TARGET and row["values"]["masks_intact"])
         lines.append(
-            f"{row['key']['what']}, {row['key']['minutes']:g} minutes, below {TARGET:g} x dense: {worst:.2f} x, {met}"
+            f"{trained(row['key'])}, {row['key']['minutes']:g} minutes, below {TARGET:g} x dense: {worst:.2f} x, {met}"
         )
     return lines
 
@@ -210,7 +216,7 @@ def cells(row: dict[str, Any], names: list[str], dense: dict[str, Any]) -> list[
         f"{one['value'] / dense[name]['value']:.2f}" if one else "" for name, one in zip(names, scores, strict=True)
     ]
     start = key.get("start") or (f"{key['method']}, {key['n_sequences']} sequences" if "method" in key else "")
-    what = f"{key['what']}, lr {key['lr']:g}, {values['compute']}" if "lr" in key else key["what"]
+    what = f"{trained(key)}, lr {key['lr']:g}, {values['compute']}" if "lr" in key else key["what"]
     rest = [""] * 6
     if "steps" in values:
         rest = ["yes" if values["masks_intact"] else "NO", f"{values['n_tokens']:,}", str(values["steps"])]

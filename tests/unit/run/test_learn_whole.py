@@ -18,6 +18,7 @@ import tiny_models
 from nmprune import masks
 from nmprune.checkpoint import read_masks
 from nmprune.errors import InputError
+from nmprune.methods.global_descent import GlobalDescent
 from nmprune.methods.maskllm import MaskLLM
 from nmprune.results import Results
 from nmprune.run import CalibrationRecipe, Machine, Recipe, RunFolder
@@ -220,6 +221,23 @@ def test_a_plan_says_memory_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     key = "masked weights and activations"
     assert recomputing.memory["learning"][key] < parts[key]
     assert any("counted as in one process that holds all: train.shard spreads it" in note for note in recomputing.notes)
+
+
+def test_a_plan_of_descent_counts_gram_matrices_and_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmprune.run.rehearsal.layer_peak", lambda *args: None)
+    model = tiny_models.save("llama", tmp_path / "dense")
+    found = {}
+    for steps in (4, 40):
+        train = TrainRecipe(steps=steps, accumulation=4, loss="kl")
+        given = {"calibration": CalibrationRecipe("builtin", 8, 16), "train": train}
+        found[steps] = plan(Recipe(str(model), GlobalDescent(), nmprune.Pattern(2, 4), **given), out=tmp_path)
+    parts = found[4].memory["learning"]
+    n_weights = sum(one.weights for one in found[4].linears)
+    assert parts["learned state, gradients, moments"] == 12 * n_weights
+    inputs = (32, 32, 32, 64)  # of q, k, v; o; gate and up; down
+    assert parts["Gram matrices of the inputs"] == 2 * 8 * sum(width**2 for width in inputs)
+    times = [one.seconds["learn"] for one in found.values() if one.seconds is not None]
+    assert 0 < 2 * times[0] < times[1]
 
 
 def test_metrics_after_a_checkpoint_and_a_cut_off_line_are_dropped(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from nmprune.methods.maskllm import MaskLLM
 from nmprune.pattern import Pattern
 from nmprune.stream import DecoderModel, select
 from nmprune.stream.experts import observable_experts
-from nmprune.train.input_sums import InputSums
+from nmprune.stream.input_sums import InputSums
 from nmprune.train.judge import Learned
 from nmprune.train.loop import Text, learn
 from nmprune.train.masked_linear import Target, targets_of

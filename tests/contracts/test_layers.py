@@ -17,7 +17,7 @@ ROOT = SRC.parents[1]
 
 # Row of every room; a module imports lower rows and its own room. Change it together with the table in the docs.
 ROWS = [
-    ["pattern", "ranking", "errors", "results", "threads", "version"],
+    ["pattern", "ranking", "errors", "results", "threads", "heap", "version"],
     ["masks", "sampling", "stats", "least_squares", "distributed", "architectures"],
     ["methods", "calibration", "checkpoint", "packed", "kernels"],
     ["refine"],

@@ -27,7 +27,7 @@ from nmprune.run.recipe import Recipe
 from nmprune.run.shared_run import wait_for
 from nmprune.stream import DecoderModel, LayerDone, LayerSelection, LinearDone
 from nmprune.stream.experts import observable_experts
-from nmprune.train.input_sums import InputSums
+from nmprune.stream.input_sums import InputSums
 from nmprune.train.judge import Learned
 from nmprune.train.loop import Text, learn
 from nmprune.train.masked_linear import targets_of

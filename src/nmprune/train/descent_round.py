@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nmprune import masks
 from nmprune.distributed import Processes
-from nmprune.train.input_sums import InputSums
 from nmprune.train.masked_linear import MaskedModel
 
 _TRIES, _JUDGED = 16, 6  # dampings of a round: that are tried, and that are judged because their masks differ
 _BOLDER = 1.5  # between two dampings on the way down; from the third gain on more and more
+
+
+class InputSums(Protocol):
+    """Adds up what the linears of a model read; `stream.input_sums` has one."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Every forward inside the body is added up."""
+
+    def take(self, processes: Processes) -> dict[str, Tensor]:
+        """Linear name -> fp32 (in, in), the mean of x x^T over the tokens of all processes; then from zero again."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from nmprune.methods.base import Course, LearnStep, State, WholeModel
 from nmprune.train.adam import load_optimiser_state, optimiser_state
 from nmprune.train.batches import Batches
 from nmprune.train.checkpointing import checkpointed
-from nmprune.train.descent_round import LossTerms, choose, revised
-from nmprune.train.input_sums import InputSums
+from nmprune.train.descent_round import InputSums, LossTerms, choose, revised
 from nmprune.train.judge import Judge, Learned
 from nmprune.train.losses import Teacher, kl_loss, lm_loss, teacher
 from nmprune.train.masked_linear import MaskedModel, Phase, Target, noise

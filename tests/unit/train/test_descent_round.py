@@ -12,8 +12,8 @@ from nmprune.distributed import ALONE
 from nmprune.methods.global_descent import GlobalDescent
 from nmprune.stream import DecoderModel, select
 from nmprune.stream.experts import observable_experts
+from nmprune.stream.input_sums import InputSums
 from nmprune.train.descent_round import LossTerms, choose
-from nmprune.train.input_sums import InputSums
 from nmprune.train.loop import Text
 from nmprune.train.losses import lm_loss
 from nmprune.train.masked_linear import MaskedModel, Phase

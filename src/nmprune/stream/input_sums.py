@@ -9,8 +9,9 @@ from torch import Tensor
 
 from nmprune.distributed import Processes
 from nmprune.stats import Statistic
-from nmprune.stream import DecoderModel, LayerSelection
+from nmprune.stream.model import DecoderModel
 from nmprune.stream.observe import LayerObserver
+from nmprune.stream.selection import LayerSelection
 
 
 class InputSums:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nmprune.errors import InputError
-from nmprune.methods.base import State, WholeModel, option
+from nmprune.methods.base import Course, State, WholeModel, option
 from nmprune.methods.descent_sweep import descend, load_diagonal
 from nmprune.pattern import Pattern
 
@@ -69,7 +69,7 @@ class GlobalDescent(WholeModel):
         return {"mask": prior_OI.float()}
 
     def effective(
-        self, weight_OI: Tensor, state: State, pattern: Pattern, course: Any, generator: torch.Generator
+        self, weight_OI: Tensor, state: State, pattern: Pattern, course: Course, generator: torch.Generator
     ) -> Tensor:
         """The weights under the masks of now."""
         return weight_OI * state["mask"]

@@ -217,8 +217,9 @@ class _Learning:
             rows, width = one.shape
             slope, curvature = torch.zeros_like(weight), torch.ones(rows, device=weight.device)
             gram = torch.eye(width, device=weight.device)
+            mask = self.method.hard_mask(weight, state, one.pattern)
             for _ in range(_JUDGED):
-                self.method.revise(weight, state["mask"] > 0.5, slope, curvature, gram, one.pattern, 1.0)
+                self.method.revise(weight, mask, slope, curvature, gram, one.pattern, 1.0)
 
     def _after(self, masked: MaskedModel) -> None:
         """Penalty and step of the learned state."""

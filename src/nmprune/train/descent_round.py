@@ -100,7 +100,7 @@ def revised(masked: MaskedModel, terms: Mapping[str, Terms], damping: float) -> 
     found = {}
     for one, weight_OI, state in masked.linears():
         its = terms[one.name]
-        before_OI = state["mask"] > 0.5
+        before_OI = masked.method.hard_mask(weight_OI, state, one.pattern)
         mask_OI = masked.method.revise(weight_OI, before_OI, its.slope, its.curvature, its.gram, one.pattern, damping)
         found[one.name] = masks.pack(mask_OI).cpu()
     return found
